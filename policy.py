@@ -1,0 +1,463 @@
+"""The language model as a policy: load it, sample from it, score what it said.
+
+The prompts of one list differ only after the candidate begins, so a prompt is a *prefix* (instructions and history, once a
+list) and a *suffix* (candidate and assistant header, once a candidate), joined as token ids. Their concatenation is the
+same whether the prefix is shared or not, in sampling and in the update:
+
+    sampling   prefill the prefixes once, give every row a copy of its list's key/value cache, let `generate` go on; shorter
+               suffixes are padded *between* prefix and suffix
+    update     `SharedPrefix` runs the prefixes once with gradients; rows read its keys and values as detached leaves, a
+               micro-batch at a time; `backward()` then sends what the leaves collected through the prefixes, once
+
+Equations (METHODS §1 "Gradient, rationale part"; PPO, arXiv 1707.06347; k3, http://joschu.net/blog/kl-approx.html):
+    token_loss   -min(rho A, clip(rho, 1 - eps, 1 + eps) A),  rho = exp(logprob - old_logprob)
+    k3           exp(ref - logprob) - (ref - logprob) - 1,  an unbiased, non-negative estimate of KL(pi || ref)
+
+Deviations and choices: (1) log-probabilities are those of the *sampling* distribution, temperature included; (2) dropout is
+set to 0 at loading, so that train and eval mode score alike; (3) the model's published generation defaults (top-p, penalties …)
+are put aside while sampling and saved again with the checkpoint.
+"""
+
+import contextlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.checkpoint import checkpoint
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.cache_utils import Cache, DynamicLayer
+
+from data import InputError
+
+ORGANISATIONS = {"qwen": "Qwen", "smollm": "HuggingFaceTB", "llama": "meta-llama", "gemma": "google", "phi": "microsoft",
+                 "mistral": "mistralai", "ministral": "mistralai", "olmo": "allenai", "deepseek": "deepseek-ai"}
+CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MB in float32, whatever the vocabulary and the number of tokens
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def resolve(name):
+    """`--model` to what from_pretrained takes: `tiny`, a local directory, a hub id, or a bare name of a known family."""
+    path = Path(name).expanduser()
+    if name == "tiny":
+        return name
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise InputError(f"--model {name}: the folder has no config.json, so it is no Hugging Face model directory")
+        return str(path)
+    if name[:1] in "./~" or name.count("/") > 1:
+        raise InputError(f"--model {name}: no such folder")
+    if "/" in name:
+        return name
+    family = re.match(r"[a-z]*", name.lower()).group()
+    if family not in ORGANISATIONS:
+        raise InputError(f"--model {name}: no such folder, nor a bare name of a family known here ({', '.join(ORGANISATIONS)}); "
+                         f"give `tiny`, a local directory, or a hub id such as Qwen/Qwen2.5-1.5B")
+    return f"{ORGANISATIONS[family]}/{name}"
+
+
+def load(name, device="cpu", dtype=torch.float32, texts=(), seed=0):
+    """Model and tokenizer. `texts` (strings) are what the tokenizer of `tiny` is trained on. Raises InputError."""
+    source = resolve(name)
+    if source == "tiny":
+        model, tokenizer = build_tiny(texts, seed)
+        model.to(dtype)
+    else:
+        transformers.utils.logging.disable_progress_bar()  # "Loading weights": our own bars say more
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"--model {name}: cannot load {source} ({reason})") from None
+    for name_ in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(model.config, name_, None) not in (None, 1, 1.0):
+            raise InputError(f"--model {name}: its logits are not a plain linear layer of the hidden state ({name_} is set), which "
+                             f"the log-probabilities here assume; Qwen, Llama, SmolLM, Mistral, Phi and OLMo models work")
+    for module in model.modules():  # choice 2
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+        if hasattr(module, "_can_checkpoint_with_cache"):
+            # Our caches only read (SharedPrefix below), so recomputing a layer finds the same keys. Left at False,
+            # transformers drops the cache under gradient checkpointing, and with it the whole prefix.
+            module._can_checkpoint_with_cache = True
+    return model.to(device).eval(), tokenizer
+
+
+def build_tiny(texts, seed=0, vocab_size=2000, hidden_size=192, num_layers=2, num_heads=6):
+    """A randomly initialised small Qwen2 (about 1M parameters) with a byte-level BPE tokenizer trained on `texts`; seconds.
+
+    Two choices make so small a model learn to look things up within some hundred steps instead of thousands: weights of the
+    scale 1/sqrt(width), and key projections that start equal to the query projections, so that from the start a token attends
+    to its like.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe.add_tokens(["<answer>", "</answer>"])  # a token each, as plain text
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.chat_template = CHATML
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(Qwen2Config(
+            vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=3 * hidden_size, num_hidden_layers=num_layers,
+            num_attention_heads=num_heads, num_key_value_heads=num_heads, max_position_embeddings=4096, tie_word_embeddings=True,
+            initializer_range=0.85 * hidden_size**-0.5, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id))
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.load_state_dict(layer.self_attn.q_proj.state_dict())
+    return model, tokenizer
+
+
+# --- prompts as ids --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Prompt:
+    """The prompts of one list: `prefix_ids`, common to all, and the K `suffix_ids`."""
+
+    prefix_ids: list[int]
+    suffix_ids: list[list[int]]
+
+
+def encode_prompt(tokenizer, system, prefix, suffixes):
+    """Chat prompts `system`, user: `prefix + suffix`, open assistant turn. Each part is tokenised by itself.
+
+    Special tokens count only where the template writes them: text that spells one (in an item's title, say) stays text.
+    """
+    mark = "\u241e"  # any string that no template writes
+    try:
+        text = _render(tokenizer, [{"role": "system", "content": system}, {"role": "user", "content": mark}])
+    except Exception:  # some families' templates refuse a system message (jinja2's TemplateError)
+        text = _render(tokenizer, [{"role": "user", "content": f"{system}\n\n{mark}"}])
+    head, tail = text.split(mark)
+    markup = lambda s: tokenizer(s, add_special_tokens=False).input_ids
+    plain = lambda s: tokenizer(s, add_special_tokens=False, split_special_tokens=True).input_ids
+    tail = markup(tail)
+    return Prompt(markup(head) + plain(prefix), [plain(s) + tail for s in suffixes])
+
+
+def _render(tokenizer, messages, add_generation_prompt=True):
+    if tokenizer.chat_template:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    turns = "".join(f"{m['content']}\n\n" for m in messages)  # a base model: plain text
+    return (tokenizer.bos_token or "") + (turns if add_generation_prompt else turns[:-2] + (tokenizer.eos_token or ""))
+
+
+def stop_ids(model, tokenizer):
+    """Ids that end a response, the template's own end of turn first. `eos_token_id` may be one id, a list, or nothing."""
+    text = _render(tokenizer, [{"role": "user", "content": "?"}, {"role": "assistant", "content": "\u241e"}], False)
+    turn_end = tokenizer(text.split("\u241e")[1], add_special_tokens=False).input_ids[:1]
+    found = [i for i in turn_end if i in tokenizer.all_special_ids]
+    for ids in (tokenizer.eos_token_id, model.generation_config.eos_token_id, model.config.eos_token_id):
+        found += ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not found:
+        raise InputError("the tokenizer names no end-of-sequence token, so no response would ever end")
+    return list(dict.fromkeys(found))
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sampling:
+    """How responses are drawn. max_rows bounds the rows of one `generate` call, and with it the memory of the cache."""
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    greedy: bool = False
+    share_prefix: bool = True
+    max_rows: int = 320
+
+
+def sample(model, tokenizer, prefix_ids, suffix_ids, num_samples, **settings):
+    """Responses to K prompts with one prefix: [K][num_samples] lists of ids, up to and with the first end-of-sequence id.
+
+    prefix_ids: list of ids; suffix_ids: K lists of ids; settings: the fields of `Sampling`. Uses torch's global generator.
+    """
+    owner = [0] * (len(suffix_ids) * num_samples)
+    rows = sample_rows(model, tokenizer, [prefix_ids], owner, [s for s in suffix_ids for _ in range(num_samples)],
+                       Sampling(**settings))
+    return [rows[i:i + num_samples] for i in range(0, len(rows), num_samples)]
+
+
+@torch.no_grad()
+def sample_rows(model, tokenizer, prefixes, owner, suffixes, sampling):
+    """One response for each row n, whose prompt is prefixes[owner[n]] + suffixes[n]. Returns a list of id lists."""
+    stops = stop_ids(model, tokenizer)
+    was_training = model.training
+    model.eval()  # trap: generate in train mode with gradient checkpointing gives garbage with only a warning
+    # Rows of like length meet in one call; the order depends on nothing but their content, so neither do the results.
+    order = sorted(range(len(suffixes)), key=lambda n: (owner[n], len(suffixes[n]), suffixes[n]))
+    responses = [None] * len(suffixes)
+    with _own_defaults(model, stops, sampling) as config:
+        for start in range(0, len(order), sampling.max_rows):
+            rows = order[start:start + sampling.max_rows]
+            lists = sorted({owner[n] for n in rows})
+            prefix_ids, prefix_mask = _pad([prefixes[i] for i in lists], model.device, left=True)
+            local = torch.tensor([lists.index(owner[n]) for n in rows], device=model.device)
+            suffix_ids, suffix_mask = _pad([suffixes[n] for n in rows], model.device, left=True)
+            cache = None
+            if sampling.share_prefix:
+                room = suffix_ids.shape[1] + sampling.max_new_tokens
+                pairs = SharedPrefix(model, [prefixes[i] for i in lists]).pairs
+                cache = Cache(layers=[_Reserved(*pairs[layer], local, room) for layer in sorted(pairs)])
+            ids = torch.cat([prefix_ids[local], suffix_ids], dim=1)  # (rows, P + S), holes masked
+            mask = torch.cat([prefix_mask[local], suffix_mask], dim=1)
+            out = model.generate(ids, attention_mask=mask, past_key_values=cache, generation_config=config)
+            for n, response in zip(rows, out[:, ids.shape[1]:].tolist()):
+                end = next((t + 1 for t, token in enumerate(response) if token in stops), len(response))
+                responses[n] = response[:end]  # the mask counts the first EOS; padding may be EOS too
+    model.train(was_training)
+    return responses
+
+
+class _Reserved(DynamicLayer):
+    """One layer's cache with room reserved for the whole response: a token costs its own write, not a copy of all before it."""
+
+    def __init__(self, prefix_keys, prefix_values, owner, room):
+        super().__init__()
+        self.is_initialized, self.dtype, self.device = True, prefix_keys.dtype, prefix_keys.device
+        self.buffers = []
+        for x in (prefix_keys, prefix_values):  # (L, h, P, d) -> (N, h, P + room, d)
+            self.buffers.append(x.new_empty(len(owner), x.shape[1], x.shape[2] + room, x.shape[3]))
+            self.buffers[-1][:, :, :x.shape[2]] = x.index_select(0, owner)
+        self.keys, self.values = (b[:, :, :prefix_keys.shape[2]] for b in self.buffers)
+
+    def update(self, keys, values, *args, **kwargs):
+        start, end = self.keys.shape[2], self.keys.shape[2] + keys.shape[2]
+        for buffer, new in zip(self.buffers, (keys, values)):
+            buffer[:, :, start:end] = new
+        self.keys, self.values = (b[:, :, :end] for b in self.buffers)
+        return self.keys, self.values
+
+
+@contextlib.contextmanager
+def _own_defaults(model, stops, sampling):
+    """The sampling distribution is softmax(logits / temperature) and nothing else, whatever the model ships with.
+
+    `generate` fills fields that a config leaves unset from model.generation_config, so that one is put aside meanwhile.
+    """
+    config = GenerationConfig(max_new_tokens=sampling.max_new_tokens, eos_token_id=stops, pad_token_id=stops[0], use_cache=True,
+                              do_sample=not sampling.greedy)
+    if not sampling.greedy:
+        config.update(temperature=sampling.temperature, top_p=1.0, top_k=0, repetition_penalty=1.0)
+    published, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield config
+    finally:
+        model.generation_config = published
+
+
+def _pad(lists, device, left=False):
+    """Ids (N, T) and mask (N, T) of lists of unequal length."""
+    width = max(map(len, lists))
+    ids, mask = torch.zeros(2, len(lists), width, dtype=torch.long)
+    for row, (x, m) in zip(lists, zip(ids, mask)):
+        where = slice(width - len(row), width) if left else slice(0, len(row))
+        x[where], m[where] = torch.tensor(row, dtype=torch.long), 1
+    return ids.to(device), mask.to(device)
+
+
+def _positions(mask):
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+# --- scoring, with gradients ------------------------------------------------------------------------------------------
+
+
+class _Recorder(Cache):
+    """Keeps the keys and values that a forward pass over the prefixes computes; a checkpointed recompute changes nothing."""
+
+    def __init__(self):
+        super().__init__(layers=[])
+        self.pairs = {}
+
+    def update(self, keys, values, layer_idx, *args, **kwargs):
+        self.pairs.setdefault(layer_idx, (keys, values))
+        return keys, values
+
+    def get_seq_length(self, layer_idx=0):
+        return 0
+
+    def get_query_offset(self, layer_idx=0):
+        return 0
+
+    def get_mask_sizes(self, query_length, layer_idx=0):
+        return query_length, 0
+
+
+class _Reader(Cache):
+    """Gives each row its list's prefix before its own keys and values, and stores nothing."""
+
+    def __init__(self, pairs, owner, length):
+        super().__init__(layers=[])
+        self.pairs, self.owner, self.length = pairs, owner, length
+
+    def update(self, keys, values, layer_idx, *args, **kwargs):
+        past_keys, past_values = (x.index_select(0, self.owner) for x in self.pairs[layer_idx])  # (L, h, P, d) -> (N, h, P, d)
+        return torch.cat([past_keys, keys], dim=2), torch.cat([past_values, values], dim=2)
+
+    def get_seq_length(self, layer_idx=0):
+        return self.length
+
+    def get_query_offset(self, layer_idx=0):
+        return self.length
+
+    def get_mask_sizes(self, query_length, layer_idx=0):
+        return self.length + query_length, 0
+
+
+class SharedPrefix:
+    """The keys and values of L prefixes, computed once and read by any number of rows.
+
+    Under grad the rows see detached leaves, so each micro-batch of rows can run its own backward and be freed; call
+    `backward()` once at the end. With share=False nothing is computed here and rows carry their prefix themselves.
+    """
+
+    def __init__(self, model, prefixes, share=True):
+        self.model, self.prefixes, self.share = model, prefixes, share
+        if not share:
+            return
+        ids, self.mask = _pad(prefixes, model.device, left=True)
+        recorder = _Recorder()
+        model.base_model(input_ids=ids, attention_mask=self.mask, position_ids=_positions(self.mask), past_key_values=recorder,
+                         use_cache=False)
+        self.pairs = recorder.pairs
+        self.leaves = {layer: tuple(x.detach().requires_grad_(x.requires_grad) for x in kv) for layer, kv in self.pairs.items()}
+
+    def backward(self):
+        """Send the gradients that the rows left on the keys and values through the prefixes."""
+        if not self.share:
+            return
+        pairs = [(x, leaf.grad) for layer, kv in self.pairs.items() for x, leaf in zip(kv, self.leaves[layer])
+                 if leaf.grad is not None]
+        if pairs:
+            torch.autograd.backward([x for x, _ in pairs], [g for _, g in pairs])
+        self.pairs = None
+
+
+def row_logprobs(prefix, owner, suffixes, responses, temperature=1.0):
+    """Log-probabilities of the responses, and the hidden state at each row's last token. Differentiable.
+
+    prefix: SharedPrefix; row n is prefix owner[n] + suffixes[n] + responses[n] (lists of ids).
+    Returns logprobs (N, T) with 0 beyond a response's end, mask (N, T), hidden (N, D); T = the longest response.
+    """
+    model, device = prefix.model, prefix.model.device
+    heads = [[] if prefix.share else prefix.prefixes[o] for o in owner]
+    ids, _ = _pad([h + s + r for h, s, r in zip(heads, suffixes, responses)], device)
+    # Padding is at the right, where no real token can see it: no mask is needed for it.
+    positions = torch.arange(ids.shape[1], device=device).expand(len(owner), -1)
+    inputs = {}
+    if prefix.share:
+        rows = torch.tensor(owner, device=device)
+        inputs["past_key_values"] = _Reader(prefix.leaves, rows, prefix.mask.shape[1])
+        positions = positions + prefix.mask.sum(-1)[rows, None]
+        if not bool(prefix.mask.all()):  # prefixes of unequal length: their padding is at the left, and must be hidden
+            inputs["attention_mask"] = torch.cat([prefix.mask[rows], torch.ones_like(ids)], dim=1)
+    hidden = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, **inputs).last_hidden_state  # (N, S, D)
+
+    starts = [len(h) + len(s) for h, s in zip(heads, suffixes)]
+    targets, mask = _pad(responses, device)
+    mask = mask.bool()
+    last = torch.tensor([a + len(r) - 1 for a, r in zip(starts, responses)], device=device)
+    row, column = mask.nonzero(as_tuple=True)
+    predicts = torch.tensor(starts, device=device)[row] + column - 1  # the position whose output predicts this token
+    flat = _token_logprobs(model.get_output_embeddings(), hidden[row, predicts], targets[mask], temperature)
+    logprobs = flat.new_zeros(mask.shape).index_put((row, column), flat)
+    return logprobs, mask, hidden[torch.arange(len(owner), device=device), last]
+
+
+def _token_logprobs(output_layer, hidden, targets, temperature):
+    """log softmax(W h / temperature)[target] in float32, (M, D), (M,) -> (M,), a bounded number of logits at a time."""
+    def piece(h, t):
+        return -torch.nn.functional.cross_entropy(output_layer(h).float() / temperature, t, reduction="none")
+
+    size = max(1, CHUNK_ELEMENTS // output_layer.weight.shape[0])
+    if len(targets) <= size:
+        return piece(hidden, targets)
+    pieces = zip(hidden.split(size), targets.split(size))
+    if torch.is_grad_enabled():  # recompute a chunk's logits in its backward instead of keeping them all
+        return torch.cat([checkpoint(piece, h, t, use_reentrant=False) for h, t in pieces])
+    return torch.cat([piece(h, t) for h, t in pieces])
+
+
+def micro_batches(model, prefixes, owner, suffixes, responses, micro_batch, share=True, rows=None):
+    """Yield (SharedPrefix, owner within it, row numbers) such that every row of `rows` (None: all) comes once.
+
+    As many lists as have together at most `micro_batch` rows share one pass over their prefixes, at least one list. Rows are
+    sorted by length and cut into micro-batches. Under grad, run backward on each before taking the next: when a pass is
+    through, its collected gradients are sent through the prefixes.
+    """
+    by_list = {}
+    for n in range(len(owner)) if rows is None else rows:
+        by_list.setdefault(owner[n], []).append(n)
+    groups, size = [], micro_batch
+    for index, members in by_list.items():
+        if size + len(members) > micro_batch:
+            groups.append([])
+            size = 0
+        groups[-1].append(index)
+        size += len(members)
+    for group in groups:
+        prefix = SharedPrefix(model, [prefixes[i] for i in group], share)
+        members = sorted((n for i in group for n in by_list[i]),
+                         key=lambda n: (len(suffixes[n]) + len(responses[n]), group.index(owner[n]), suffixes[n], responses[n]))
+        for start in range(0, len(members), micro_batch):
+            part = members[start:start + micro_batch]
+            yield prefix, [group.index(owner[n]) for n in part], part
+        if torch.is_grad_enabled():
+            prefix.backward()
+
+
+@torch.no_grad()
+def all_logprobs(model, prefixes, owner, suffixes, responses, temperature=1.0, micro_batch=32, share=True):
+    """row_logprobs of any number of rows, without gradients: logprobs (N, T), mask (N, T), hidden (N, D), in row order."""
+    logprobs = torch.zeros(len(owner), max(map(len, responses)), device=model.device)
+    mask = torch.zeros_like(logprobs, dtype=torch.bool)
+    hidden = None
+    for prefix, local, part in micro_batches(model, prefixes, owner, suffixes, responses, micro_batch, share):
+        lp, m, h = row_logprobs(prefix, local, [suffixes[n] for n in part], [responses[n] for n in part], temperature)
+        if hidden is None:
+            hidden = h.new_zeros(len(owner), h.shape[-1])
+        logprobs[part, :lp.shape[1]], mask[part, :m.shape[1]], hidden[part] = lp, m, h
+    return logprobs, mask, hidden
+
+
+def token_logprobs(model, prefix_ids, suffix_ids, response_ids, temperature=1.0, share_prefix=True):
+    """The same for one list: prefix_ids, N suffix_ids, N response_ids -> logprobs (N, T), mask (N, T), hidden (N, D).
+
+    Under grad, gradients reach the model through prefix and rows alike.
+    """
+    prefix = SharedPrefix(model, [prefix_ids], share_prefix)
+    if share_prefix:
+        prefix.leaves = prefix.pairs  # no micro-batches here: let autograd run straight through
+    return row_logprobs(prefix, [0] * len(suffix_ids), suffix_ids, response_ids, temperature)
+
+
+# --- losses on tokens --------------------------------------------------------------------------------------------------
+
+
+def clipped_loss(logprobs, old_logprobs, advantages, clip=0.2):
+    """PPO's clipped surrogate, a token each, to be minimised. All of one shape, or broadcastable; not reduced."""
+    ratio = (logprobs - old_logprobs).exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+
+
+def k3_kl(logprobs, ref_logprobs):
+    """Schulman's k3 estimate of KL(policy || reference), a token each; not reduced."""
+    difference = ref_logprobs - logprobs
+    return difference.exp() - difference - 1

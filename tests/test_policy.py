@@ -1,0 +1,326 @@
+"""Sampling and scoring: the shared prefix changes nothing, sampling is neutral, the log-probabilities are the update's."""
+
+import copy
+import math
+
+import pytest
+import torch
+import transformers
+
+import policy
+import r2r
+from data import InputError
+
+PREFIXES = 2
+
+
+@pytest.fixture(scope="module")
+def prompts(model_and_tokenizer, toy):
+    """Two lists of 5 candidates with histories, prefixes and suffixes of unequal length."""
+    lists = []
+    for n, e in enumerate(toy.examples("test", PREFIXES)):
+        candidates = [c if i % 2 else type(c)(c.id, c.title + " soap" * (i + 1), c.attributes) for i, c in enumerate(e.candidates[:5])]
+        lists.append(r2r.build_prompt(model_and_tokenizer[1], e.history[n * 3:], candidates))
+    assert len(lists[0].prefix_ids) != len(lists[1].prefix_ids)
+    assert len({len(s) for s in lists[0].suffix_ids}) > 1
+    return lists
+
+
+@pytest.fixture(scope="module")
+def rows(prompts):
+    """prefixes, owner, suffixes, responses of all rows; responses of unequal length."""
+    generator = torch.Generator().manual_seed(0)
+    owner = [n for n, p in enumerate(prompts) for _ in p.suffix_ids]
+    suffixes = [s for p in prompts for s in p.suffix_ids]
+    responses = [torch.randint(5, 300, (2 + 3 * (n % 4),), generator=generator).tolist() for n in range(len(owner))]
+    return [p.prefix_ids for p in prompts], owner, suffixes, responses
+
+
+def plain_logprobs(model, prefix, suffix, response, temperature=1.0):
+    """The independent computation: one row, no cache, no padding, logits of the whole model."""
+    ids = torch.tensor([prefix + suffix + response])
+    out = model(ids, output_hidden_states=True)
+    start = len(prefix) + len(suffix)
+    logprobs = (out.logits[0].float() / temperature).log_softmax(-1)
+    return logprobs[torch.arange(start - 1, ids.shape[1] - 1), ids[0, start:]], out.hidden_states[-1][0, -1]
+
+
+def gradients(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+# --- prompts as ids ---
+
+
+def test_prefix_and_suffix_join_to_the_chat_prompt(tokenizer, toy):
+    e = toy.examples("test", 1)[0]
+    prompt = r2r.build_prompt(tokenizer, e.history, e.candidates)
+    text = tokenizer.decode(prompt.prefix_ids + prompt.suffix_ids[3])
+    assert text.startswith("<|im_start|>system\n" + r2r.SYSTEM) and text.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    assert all(h.title in text for h in e.history) and f"Candidate: {e.candidates[3].title}" in text
+    assert tokenizer.decode(prompt.prefix_ids).find("Candidate") == -1
+
+
+def test_special_tokens_in_item_text_stay_text(tokenizer):
+    prompt = policy.encode_prompt(tokenizer, "s", "a <|im_end|> b", ["c <|im_start|>assistant"])
+    assert prompt.prefix_ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1  # the system message's
+    assert prompt.suffix_ids[0].count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 1  # the assistant header's
+    assert "<|im_end|> b" in tokenizer.decode(prompt.prefix_ids)
+
+
+def test_stop_ids_takes_one_id_a_list_or_none(model, tokenizer):
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for published, want in ((None, [end]), (end, [end]), ([7, end], [end, 7])):
+        config, model.generation_config.eos_token_id = model.generation_config.eos_token_id, published
+        assert policy.stop_ids(model, tokenizer) == want
+        model.generation_config.eos_token_id = config
+
+
+# --- scoring ---
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_token_logprobs_and_hidden_equal_the_plain_forward(model, rows, share, temperature):
+    prefixes, owner, suffixes, responses = rows
+    for index in range(PREFIXES):
+        mine = [n for n, o in enumerate(owner) if o == index]
+        logprobs, mask, hidden = policy.token_logprobs(model, prefixes[index], [suffixes[n] for n in mine], [responses[n] for n in mine],
+                                                       temperature, share)
+        for row, n in enumerate(mine):
+            want, last = plain_logprobs(model, prefixes[index], suffixes[n], responses[n], temperature)
+            assert mask[row].sum() == len(responses[n]) and (logprobs[row][~mask[row]] == 0).all()
+            torch.testing.assert_close(logprobs[row][mask[row]], want, atol=1e-5, rtol=0)
+            torch.testing.assert_close(hidden[row], last, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("micro_batch", [1, 3, 5, 100])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_equal_the_plain_backward(model, rows, share, micro_batch, checkpointing):
+    """Through rows and prefixes, whatever the micro-batch; with gradient checkpointing too (the cache must survive it)."""
+    prefixes, owner, suffixes, responses = rows
+    weights = torch.linspace(-1, 1, len(owner))
+
+    for n in range(len(owner)):
+        logprobs, hidden = plain_logprobs(model, prefixes[owner[n]], suffixes[n], responses[n])
+        (weights[n] * (logprobs.sum() + hidden.tanh().sum())).backward()
+    want = gradients(model)
+    model.zero_grad()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    try:
+        for prefix, local, part in policy.micro_batches(model, prefixes, owner, suffixes, responses, micro_batch, share):
+            logprobs, _, hidden = policy.row_logprobs(prefix, local, [suffixes[n] for n in part], [responses[n] for n in part])
+            (weights[part] * (logprobs.sum(-1) + hidden.tanh().sum(-1))).sum().backward()
+    finally:
+        model.gradient_checkpointing_disable()
+    got = gradients(model)
+    assert (got - want).norm() / want.norm() < 1e-5
+    assert want.norm() > 1
+
+
+def test_token_logprobs_is_differentiable_through_the_prefix(model, rows):
+    prefixes, owner, suffixes, responses = rows
+    results = []
+    for share in (True, False):
+        model.zero_grad()
+        policy.token_logprobs(model, prefixes[0], suffixes[:5], responses[:5], share_prefix=share)[0].sum().backward()
+        results.append(gradients(model))
+    assert (results[0] - results[1]).norm() / results[1].norm() < 1e-5
+
+
+def test_chunks_of_logits_change_nothing(model, rows, monkeypatch):
+    prefixes, owner, suffixes, responses = rows
+    results = []
+    for elements in (2**24, 3 * model.config.vocab_size):  # one chunk; three rows of logits at a time
+        monkeypatch.setattr(policy, "CHUNK_ELEMENTS", elements)
+        model.zero_grad()
+        logprobs, _, _ = policy.token_logprobs(model, prefixes[0], suffixes[:5], responses[:5])
+        logprobs.sum().backward()
+        results.append((logprobs.detach(), gradients(model)))
+    torch.testing.assert_close(results[0][0], results[1][0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-4, rtol=1e-4)
+
+
+def test_padding_and_company_change_nothing(model, rows):
+    prefixes, owner, suffixes, responses = rows
+    together, _, hidden = policy.all_logprobs(model, prefixes, owner, suffixes, responses, micro_batch=100)
+    for n in range(len(owner)):
+        alone, _, h = policy.all_logprobs(model, [prefixes[owner[n]]], [0], [suffixes[n]], [responses[n]])
+        torch.testing.assert_close(together[n, :len(responses[n])], alone[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(hidden[n], h[0], atol=1e-5, rtol=1e-5)
+
+
+def test_an_empty_response_reads_the_prompts_last_token(model, rows):
+    prefixes, owner, suffixes, _ = rows
+    logprobs, mask, hidden = policy.token_logprobs(model, prefixes[0], suffixes[:2], [[], []])
+    assert logprobs.shape == mask.shape == (2, 0)
+    want = model(torch.tensor([prefixes[0] + suffixes[1]]), output_hidden_states=True).hidden_states[-1][0, -1]
+    torch.testing.assert_close(hidden[1], want, atol=1e-5, rtol=1e-5)
+
+
+# --- sampling ---
+
+
+def test_sharing_the_prefix_gives_the_same_tokens(model, tokenizer, prompts):
+    for greedy in (True, False):
+        results = []
+        for share in (True, False):
+            torch.manual_seed(4)
+            results.append(policy.sample(model, tokenizer, prompts[0].prefix_ids, prompts[0].suffix_ids, 3, max_new_tokens=12,
+                                         greedy=greedy, share_prefix=share))
+        assert results[0] == results[1]
+        assert len(results[0]) == 5 and all(len(r) == 3 for r in results[0])
+
+
+def test_greedy_sampling_is_the_argmax_of_the_plain_forward(model, tokenizer, prompts):
+    (first,), *_ = policy.sample(model, tokenizer, prompts[0].prefix_ids, prompts[0].suffix_ids, 1, max_new_tokens=6, greedy=True)
+    ids = prompts[0].prefix_ids + prompts[0].suffix_ids[0]
+    for token in first:
+        assert model(torch.tensor([ids])).logits[0, -1].argmax().item() == token
+        ids = ids + [token]
+
+
+def test_rows_of_several_lists_and_calls(model, tokenizer, prompts, rows):
+    """Greedy responses do not depend on which rows share a generate call."""
+    prefixes, owner, suffixes, _ = rows
+    results = [policy.sample_rows(model, tokenizer, prefixes, owner, suffixes, policy.Sampling(8, greedy=True, max_rows=size))
+               for size in (100, 3, 1)]
+    assert results[0] == results[1] == results[2]
+
+
+def hostile(model):
+    model.generation_config = transformers.GenerationConfig(
+        do_sample=True, temperature=0.2, top_p=0.5, top_k=3, repetition_penalty=1.8, no_repeat_ngram_size=2, min_new_tokens=4,
+        suppress_tokens=[10, 11], typical_p=0.7, eos_token_id=model.generation_config.eos_token_id)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_sampling_is_neutral_whatever_the_model_ships_with(model, tokenizer, prompts, temperature, monkeypatch):
+    """No logits processor is left (but the temperature), and the frequencies are those of the update's log-probabilities."""
+    seen = []
+    original = transformers.LogitsProcessorList.__call__
+    monkeypatch.setattr(transformers.LogitsProcessorList, "__call__", lambda self, *args, **kw: (
+        seen.append([type(p).__name__ for p in self]), original(self, *args, **kw))[1])
+    published = model.generation_config
+    hostile(model)
+    theirs = copy.deepcopy(model.generation_config)
+    torch.manual_seed(0)
+    n = 2000
+    prompt = prompts[0]
+    (samples,) = policy.sample(model, tokenizer, prompt.prefix_ids, prompt.suffix_ids[:1], n, max_new_tokens=1, max_rows=n,
+                               temperature=temperature)
+    after = model.generation_config.to_dict()
+    model.generation_config = published
+    assert seen == [[] if temperature == 1.0 else ["TemperatureLogitsWarper"]]
+    assert after == theirs.to_dict()  # put back as it was
+    counts = torch.bincount(torch.tensor([s[0] for s in samples]), minlength=len(tokenizer))
+    expected = policy.token_logprobs(model, prompt.prefix_ids, [prompt.suffix_ids[0]] * len(tokenizer),
+                                     [[t] for t in range(len(tokenizer))], temperature)[0].exp().squeeze(1).detach() * n
+    chi2 = ((counts - expected) ** 2 / expected).sum().item()
+    degrees = len(tokenizer) - 1
+    assert chi2 < degrees + 5 * math.sqrt(2 * degrees)
+
+
+def test_sampling_happens_in_eval_mode_and_restores_the_mode(model, tokenizer, prompts, monkeypatch):
+    modes = []
+    original = model.generate
+    monkeypatch.setattr(model, "generate", lambda *a, **kw: (modes.append(model.training), original(*a, **kw))[1])
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        model.train()
+        torch.manual_seed(0)
+        noisy = policy.sample(model, tokenizer, prompts[0].prefix_ids, prompts[0].suffix_ids, 2, max_new_tokens=5)
+        assert model.training and modes == [False]
+    finally:
+        model.gradient_checkpointing_disable()
+    model.eval()
+    torch.manual_seed(0)
+    assert noisy == policy.sample(model, tokenizer, prompts[0].prefix_ids, prompts[0].suffix_ids, 2, max_new_tokens=5)
+
+
+def test_response_ends_with_the_first_stop_token(model, tokenizer, prompts):
+    """Also when padding is the same token: every id up to and with the first stop counts, none after it."""
+    torch.manual_seed(0)
+    stop = tokenizer.eos_token_id
+    with torch.no_grad():
+        weight = model.get_output_embeddings().weight
+        saved = weight[stop].clone()
+        weight[stop] = weight.mean(0) * 0 + 0.6 * saved  # any change will do: stops appear early and late
+    tokenizer_pad, tokenizer.pad_token = tokenizer.pad_token, tokenizer.eos_token
+    try:
+        rows = policy.sample(model, tokenizer, prompts[0].prefix_ids, prompts[0].suffix_ids, 200, max_new_tokens=40, temperature=2.0)
+    finally:
+        tokenizer.pad_token = tokenizer_pad
+        with torch.no_grad():
+            weight[stop] = saved
+    flat = [r for group in rows for r in group]
+    ended = [r for r in flat if stop in r]
+    assert ended and all(r.index(stop) == len(r) - 1 for r in ended)
+    assert all(len(r) == 40 for r in flat if stop not in r)
+
+
+# --- losses ---
+
+
+def test_clipped_loss_by_hand():
+    old = torch.zeros(4)
+    ratio = torch.tensor([1.5, 1.5, 0.5, 0.5])
+    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    got = policy.clipped_loss(ratio.log(), old, advantage, 0.2)
+    torch.testing.assert_close(got, torch.tensor([-1.2, 1.5, -0.5, 0.8]))
+
+
+def test_clipped_loss_on_policy_is_the_policy_gradient():
+    logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
+    policy.clipped_loss(logprobs, logprobs.detach(), torch.tensor([0.3, -0.7])).sum().backward()
+    torch.testing.assert_close(logprobs.grad, -torch.tensor([0.3, -0.7]))
+
+
+def test_k3_is_an_unbiased_kl_and_never_negative():
+    p, q = torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([0.2, 0.2, 0.6]).log()
+    estimates = policy.k3_kl(p, q)
+    assert (estimates >= 0).all()
+    assert (p.exp() * estimates).sum().item() == pytest.approx((p.exp() * (p - q)).sum().item(), abs=1e-6)
+    assert torch.equal(policy.k3_kl(p, p), torch.zeros(3))
+
+
+# --- loading ---
+
+
+def test_model_names(tmp_path):
+    assert policy.resolve("Qwen2.5-1.5B") == "Qwen/Qwen2.5-1.5B"
+    assert policy.resolve("SmolLM2-135M-Instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert policy.resolve("Llama-3.2-3B") == "meta-llama/Llama-3.2-3B"
+    assert policy.resolve("someone/model") == "someone/model"
+    for wrong in (str(tmp_path / "none"), "./none", "nosuchfamily-1b", str(tmp_path)):
+        with pytest.raises(InputError):
+            policy.resolve(wrong)
+
+
+def test_tiny_model_survives_saving(model, tokenizer, prompts, tmp_path):
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, its_tokenizer = policy.load(str(tmp_path))
+    assert its_tokenizer.chat_template == tokenizer.chat_template
+    text = "Avelle rose soap <answer>yes</answer>"
+    assert its_tokenizer(text).input_ids == tokenizer(text).input_ids
+    ids = torch.tensor([prompts[0].prefix_ids])
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
+
+
+def test_llama_architecture_too(tokenizer, prompts):
+    """Grouped-query attention and another model class go through the same caches."""
+    torch.manual_seed(0)
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, eos_token_id=2, bos_token_id=None)).eval()
+    p = prompts[0]
+    samples = [policy.sample(llama, tokenizer, p.prefix_ids, p.suffix_ids, 1, max_new_tokens=6, greedy=True, share_prefix=s)
+               for s in (True, False)]
+    assert samples[0] == samples[1]
+    responses = [r for (r,) in samples[0]]
+    a, b = (policy.token_logprobs(llama, p.prefix_ids, p.suffix_ids, responses, share_prefix=s)[0] for s in (True, False))
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
