@@ -1,0 +1,203 @@
+"""Plackett-Luce, exact and sampled, and the credit of a rationale, against enumeration of all permutations."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+import r2r
+from rewards import ndcg_at_k
+
+RELEVANCE = [[0, 1, 0], [1, 0, 0, 1], [0, 2, 1, 0, 3], [0, 0, 0, 0, 1]]
+
+
+def enumerate_value(scores, relevance, k):
+    """V(s) by summing P(sigma) NDCG(sigma) over all K! permutations, with P from its definition. Differentiable."""
+    value = 0.0
+    for order in itertools.permutations(range(len(scores))):
+        left, probability = list(order), 1.0
+        for i in order:
+            probability = probability * scores[i].exp() / sum(scores[j].exp() for j in left)
+            left.remove(i)
+        value = value + probability * ndcg_at_k([relevance[i] for i in order], k)
+    return value
+
+
+def random_scores(size, scale, seed=0):
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+
+
+def test_log_prob_is_the_definition_and_sums_to_one():
+    scores = random_scores(5, 2.0)
+    orders = torch.tensor(list(itertools.permutations(range(5))))
+    log_probs = r2r.pl_log_prob(scores, orders)
+    assert log_probs.shape == (120,)
+    assert log_probs.exp().sum().item() == pytest.approx(1.0, abs=1e-12)
+    order = [3, 0, 4, 1, 2]
+    by_hand = sum(scores[order[k]] - torch.logsumexp(scores[order[k:]], 0) for k in range(5))
+    assert r2r.pl_log_prob(scores, torch.tensor(order)).item() == pytest.approx(by_hand.item(), abs=1e-12)
+
+
+def test_truncated_log_prob_is_the_marginal_of_the_first_places():
+    scores = random_scores(5, 1.5)
+    orders = torch.tensor(list(itertools.permutations(range(5))))
+    full = r2r.pl_log_prob(scores, orders).exp()
+    first = torch.tensor([2, 4])
+    marginal = full[(orders[:, :2] == first).all(1)].sum()
+    truncated = r2r.pl_log_prob(scores, torch.tensor([2, 4, 0, 1, 3]), top_k=2).exp()
+    assert truncated.item() == pytest.approx(marginal.item(), abs=1e-12)
+
+
+def test_log_prob_broadcasts_and_survives_large_scores():
+    scores = torch.tensor([[500.0, -500.0, 0.0], [0.0, 1.0, 2.0]], requires_grad=True)
+    log_probs = r2r.pl_log_prob(scores[:, None], torch.tensor([[0, 2, 1], [1, 2, 0]]))
+    assert log_probs.shape == (2, 2)
+    log_probs.sum().backward()
+    assert log_probs.isfinite().all() and scores.grad.isfinite().all()
+
+
+def test_samples_follow_the_distribution():
+    scores = random_scores(4, 1.0)
+    n = 40000
+    samples = r2r.pl_sample(scores, n, torch.Generator().manual_seed(3))
+    assert samples.shape == (n, 4) and (samples.sort(-1).values == torch.arange(4)).all()
+    for order in itertools.permutations(range(4)):
+        p = r2r.pl_log_prob(scores, torch.tensor(order)).exp().item()
+        seen = (samples == torch.tensor(order)).all(1).double().mean().item()
+        assert abs(seen - p) < 5 * math.sqrt(p * (1 - p) / n)
+
+
+def test_sampling_follows_its_generator():
+    scores = random_scores(6, 1.0)
+    a, b = (r2r.pl_sample(scores, 8, torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("relevance", RELEVANCE)
+@pytest.mark.parametrize("scale", [0.1, 1.0, 4.0, 15.0])
+@pytest.mark.parametrize("k", [1, 3, 10])
+def test_exact_value_and_gradient_against_enumeration(relevance, scale, k):
+    scores = random_scores(len(relevance), scale, seed=len(relevance)).requires_grad_()
+    want = enumerate_value(scores, relevance, k)
+    got = r2r.expected_ndcg(scores, torch.tensor(relevance), k)
+    assert got.item() == pytest.approx(want.item(), abs=1e-6)
+    for a, b in zip(torch.autograd.grad(got, scores), torch.autograd.grad(want, scores)):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_exact_value_in_float32_batched():
+    scores = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(1)) * 3
+    got = r2r.expected_ndcg(scores, torch.tensor(RELEVANCE[2]), 3)
+    assert got.shape == (3, 2)
+    for a in range(3):
+        for b in range(2):
+            assert got[a, b].item() == pytest.approx(enumerate_value(scores[a, b].double(), RELEVANCE[2], 3).item(), abs=1e-5)
+
+
+def test_exact_value_of_twenty_against_sampling():
+    scores, relevance = random_scores(20, 1.5), torch.zeros(20, dtype=torch.float64)
+    relevance[[4, 11]] = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    utility = r2r.permutation_ndcg(r2r.pl_sample(scores, 40000, torch.Generator().manual_seed(0)), relevance, 10)
+    assert abs(r2r.expected_ndcg(scores, relevance, 10) - utility.mean()) < 5 * utility.std() / 200
+
+
+def test_extreme_gaps_stay_finite():
+    scores = torch.tensor([1000.0, -1000.0, 0.0, 60.0], requires_grad=True)
+    value = r2r.expected_ndcg(scores, torch.tensor([0, 1, 1, 0]), 2)
+    value.backward()
+    assert value.item() == pytest.approx(0.0, abs=1e-6) and scores.grad.isfinite().all()
+
+
+def test_no_relevant_candidate():
+    scores = torch.randn(2, 4, requires_grad=True)
+    value = r2r.expected_ndcg(scores, torch.zeros(4), 10)
+    value.sum().backward()
+    assert torch.equal(value, torch.zeros(2)) and torch.equal(scores.grad, torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("relevance", RELEVANCE[1:3])
+def test_both_score_losses_have_the_gradient_of_the_enumerated_value(relevance):
+    """REINFORCE within its standard error over many draws; exact to 1e-5. Column by column."""
+    K, k, M = len(relevance), 3, 8
+    target = torch.tensor(relevance, dtype=torch.float64)
+    scores = random_scores((K, 2), 1.5, seed=7).requires_grad_()
+    want = torch.stack([torch.autograd.grad(enumerate_value(s, relevance, k), s)[0]
+                        for s in (scores[:, g].detach().requires_grad_() for g in range(2))], dim=1)
+    exact = torch.autograd.grad(r2r.score_loss(scores, target, k)[0].sum(), scores)[0]
+    torch.testing.assert_close(-exact, want, atol=1e-5, rtol=0)
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.stack([-torch.autograd.grad(r2r.score_loss(scores, target, k, r2r.gumbel((M, K), generator).double())[0].sum(),
+                                              scores)[0] for _ in range(4000)])
+    error = draws.std(0) / math.sqrt(len(draws))
+    assert ((draws.mean(0) - want).abs() < 5 * error + 1e-12).all()
+    assert (error < 0.01).all()  # so that a wrong factor could not hide in the error
+
+
+def test_leave_one_out_baseline_does_not_move_the_gradient_but_calms_it():
+    relevance, scores = torch.tensor([0.0, 1, 0, 0]), random_scores((4, 1), 1.0).float().requires_grad_()
+    generator = torch.Generator().manual_seed(0)
+    noises = [r2r.gumbel((16, 4), generator) for _ in range(500)]
+    with_baseline = torch.stack([torch.autograd.grad(r2r.score_loss(scores, relevance, 10, n)[0].sum(), scores)[0] for n in noises])
+    columns = scores.T
+    plain = []
+    for n in noises:
+        orders = (columns.detach()[:, None] + n).argsort(-1, descending=True)
+        loss = -(r2r.permutation_ndcg(orders, relevance, 10) * r2r.pl_log_prob(columns[:, None], orders, 10)).mean()
+        plain.append(torch.autograd.grad(loss, scores)[0])
+    plain = torch.stack(plain)
+    assert (with_baseline.var(0).sum() < 0.5 * plain.var(0).sum()).item()
+    torch.testing.assert_close(with_baseline.mean(0), plain.mean(0), atol=0.03, rtol=0)
+
+
+def brute_force_credit(scores, relevance, k):
+    K, G = scores.shape
+    values = torch.zeros(K, G, dtype=scores.dtype)
+    for i in range(K):
+        for g in range(G):
+            for other in range(G):
+                column = scores[:, other].clone()
+                column[i] = scores[i, g]
+                values[i, g] += enumerate_value(column, relevance, k) / G
+    return values - values.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("relevance", RELEVANCE)
+def test_item_credit_by_brute_force(relevance):
+    scores = random_scores((len(relevance), 3), 2.0, seed=2)
+    got = r2r.item_credit(scores, torch.tensor(relevance), 3)
+    torch.testing.assert_close(got, brute_force_credit(scores, relevance, 3), atol=1e-6, rtol=0)
+
+
+def test_sampled_item_credit_agrees_with_the_exact_one():
+    scores, relevance = random_scores((5, 3), 1.5), torch.tensor(RELEVANCE[2], dtype=torch.float64)
+    noise = r2r.gumbel((20000, 5), torch.Generator().manual_seed(0)).double()
+    torch.testing.assert_close(r2r.item_credit(scores, relevance, 3, noise), r2r.item_credit(scores, relevance, 3), atol=0.01, rtol=0)
+
+
+def test_advantages_by_their_formulas():
+    scores, relevance = random_scores((5, 4), 1.5), torch.tensor(RELEVANCE[2], dtype=torch.float64)
+    values = r2r.item_values(scores, relevance)
+    want = (values - values.mean(1, keepdim=True)) / (values.std() + r2r.DELTA)
+    torch.testing.assert_close(r2r.advantages(scores, relevance), want)
+    returns = r2r.expected_ndcg(scores.T, relevance, 10)
+    want = (returns - returns.mean()) / (returns.std() + r2r.DELTA)
+    got = r2r.advantages(scores, relevance, credit="list")
+    for row in got:
+        torch.testing.assert_close(row, want)
+
+
+@pytest.mark.parametrize("credit", ["item", "list"])
+def test_identical_rationales_get_no_advantage(credit):
+    scores = torch.randn(6, 1).expand(6, 4)
+    assert r2r.advantages(scores, torch.tensor([0.0, 1, 0, 0, 0, 0]), credit=credit).abs().max() < 1e-2
+    assert torch.equal(r2r.advantages(scores[:, :1], torch.tensor([0.0, 1, 0, 0, 0, 0]), credit=credit), torch.zeros(6, 1))
+
+
+def test_better_score_for_the_positive_earns_the_higher_credit():
+    scores = torch.zeros(4, 3)
+    scores[1] = torch.tensor([-2.0, 0.0, 2.0])  # the positive
+    scores[2] = torch.tensor([-2.0, 0.0, 2.0])  # a negative: the other way round
+    credit = r2r.item_credit(scores, torch.tensor([0.0, 1, 0, 0]), 10)
+    assert credit[1, 0] < credit[1, 1] < credit[1, 2] and credit[2, 0] > credit[2, 1] > credit[2, 2]
+    assert credit[0].abs().max() < 1e-6
