@@ -117,12 +117,6 @@ def explain(examples, results, count):
                 print(textwrap.indent(textwrap.fill(text.strip().replace("\n", " / ") or "(no rationale)", 110), " " * 17 + "| "))
 
 
-def default_eval_lists(model, device):
-    """How many test lists give a useful interval in reasonable time for a model of this size on this device."""
-    small = sum(p.numel() for p in model.parameters()) < 20e6
-    return 200 if small else 500 if device != "cpu" else 20
-
-
 def pick_device(name):
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -229,12 +223,11 @@ def main():
         args.model = str(Path(args.run) / "checkpoint")
     out = Path(args.out) if args.out else Path(args.run or ".") / "eval.json"
     dataset, device, dtype = check_common_flags(args)
-    dataset.targets("test")  # an empty split is an error before the model is loaded
-    policy_texts = dataset.texts()
+    dataset.examples("test", 1, args.num_candidates, args.history_length, args.seed)  # bad lists are an error before any model
     if args.run:
         model, tokenizer, score_head = r2r.load_checkpoint(args.model, device, dtype)
     else:
-        model, tokenizer = policy.load(args.model, device, dtype, policy_texts, args.seed)
+        model, tokenizer = policy.load(args.model, device, dtype, dataset.texts(), args.seed)
         path = Path(args.model).expanduser() / "score_head.safetensors"
         score_head = r2r.ScoreHead.load(path).to(device) if path.exists() else None
     fill_model_defaults(args, model)

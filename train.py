@@ -358,8 +358,8 @@ def main():
     args = parse_flags()
     started = time.perf_counter()
     dataset, device, dtype = evaluation.check_common_flags(args)
-    for split in ("train", "test"):
-        dataset.targets(split)  # an empty split is an error before the model is loaded
+    for split in ("train", "test"):  # an empty split, or too small a catalogue, is an error before the model is loaded
+        dataset.examples(split, 1, args.num_candidates, args.history_length, args.seed)
     if args.teacher and args.teacher != "template" and not Path(args.teacher).is_file():
         policy.resolve(args.teacher)
     out = make_run_directory(args)
