@@ -48,7 +48,7 @@ def parse_flags():
     g.add_argument("--ppo-epochs", type=positive(), default=1, metavar="N", help="updates on each rollout (1: on-policy)")
     g.add_argument("--kl-coef", type=positive(float, zero=True), default=0.0, metavar="BETA", help="weight of the KL to the model before RL; above 0 keeps a frozen copy (0)")
     g = parser.add_argument_group("optimisation")
-    g.add_argument("--steps", type=positive(zero=True), metavar="N", help="RL steps (tiny: 40, else 200)")
+    g.add_argument("--steps", type=positive(zero=True), metavar="N", help="RL steps (tiny: 30, else 200)")
     g.add_argument("--batch-lists", type=positive(), default=4, metavar="N", help="lists an RL step (4)")
     g.add_argument("--lr", type=positive(float), help="of the language model in RL (tiny: 5e-5, else 6e-6)")
     g.add_argument("--head-lr", type=positive(float), help="of the score head in RL (tiny: 3e-4, else 3e-5)")
@@ -321,7 +321,7 @@ def fill_defaults(args, model):
     tiny = args.model == "tiny"
     evaluation.fill_model_defaults(args, model)
     args.teacher = args.teacher or ("template" if tiny or args.sft_steps else None)
-    for name, small, large in (("steps", 40, 200), ("lr", 5e-5, 6e-6), ("head_lr", 3e-4, 3e-5),
+    for name, small, large in (("steps", 30, 200), ("lr", 5e-5, 6e-6), ("head_lr", 3e-4, 3e-5),
                                ("warmup_steps", 1, 4), ("sft_steps", 400, 200 if args.teacher else 0), ("sft_lr", 1e-3, 1e-5)):
         if getattr(args, name) is None:
             setattr(args, name, small if tiny else large)
