@@ -8,6 +8,7 @@ Every system is a function from lists to scores and goes through `evaluate`. Tie
 """
 
 import argparse
+import hashlib
 import json
 import random
 import sys
@@ -93,13 +94,16 @@ def difference(a, b):
 
 
 def write_eval(path, name, examples, systems, keep_other_systems=False):
-    """Write eval.json. With keep_other_systems, systems of an earlier file on as many lists of the same data stay in it."""
+    """Write eval.json. With keep_other_systems, systems that an earlier file holds on the very same lists stay in it."""
     path = Path(path)
+    ids = [(e.user, [h.id for h in e.history], [c.id for c in e.candidates]) for e in examples]
+    lists = hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
     if keep_other_systems and path.exists():
         earlier = json.loads(path.read_text())
-        if (earlier["data"], earlier["num_lists"]) == (name, len(examples)):
+        if (earlier["data"], earlier["lists"]) == (name, lists):
             systems = earlier["systems"] | systems
-    path.write_text(json.dumps({"data": name, "num_lists": len(examples), "systems": systems}, indent=1) + "\n")
+    report = {"data": name, "num_lists": len(examples), "lists": lists, "systems": systems}
+    path.write_text(json.dumps(report, indent=1) + "\n")
     return systems
 
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -72,8 +73,8 @@ def load(name, device="cpu", dtype=torch.float32, texts=(), seed=0):
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(f"--model {name}: cannot load {source} ({reason})") from None
     for name_ in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(model.config, name_, None) not in (None, 1, 1.0):
@@ -89,6 +90,12 @@ def load(name, device="cpu", dtype=torch.float32, texts=(), seed=0):
             # transformers drops the cache under gradient checkpointing, and with it the whole prefix.
             module._can_checkpoint_with_cache = True
     return model.to(device).eval(), tokenizer
+
+
+def checkpoint_activations(model):
+    """Recompute activations in the backward pass (`--gradient-checkpointing`); transformers renamed the method."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def build_tiny(texts, seed=0, vocab_size=2000, hidden_size=192, num_layers=2, num_heads=6):
@@ -199,7 +206,7 @@ def sample_rows(model, tokenizer, prefixes, owner, suffixes, sampling):
     """One response for each row n, whose prompt is prefixes[owner[n]] + suffixes[n]. Returns a list of id lists."""
     stops = stop_ids(model, tokenizer)
     was_training = model.training
-    model.eval()  # trap: generate in train mode with gradient checkpointing gives garbage with only a warning
+    model.eval()  # trap 2: generate in train mode with gradient checkpointing gives garbage with only a warning
     # Rows of like length meet in one call; the order depends on nothing but their content, so neither do the results.
     order = sorted(range(len(suffixes)), key=lambda n: (owner[n], len(suffixes[n]), suffixes[n]))
     responses = [None] * len(suffixes)
@@ -217,6 +224,7 @@ def sample_rows(model, tokenizer, prefixes, owner, suffixes, sampling):
                 cache = Cache(layers=[_Reserved(*pairs[layer], local, room) for layer in sorted(pairs)])
             ids = torch.cat([prefix_ids[local], suffix_ids], dim=1)  # (rows, P + S), holes masked
             mask = torch.cat([prefix_mask[local], suffix_mask], dim=1)
+            assert not model.training
             out = model.generate(ids, attention_mask=mask, past_key_values=cache, generation_config=config)
             for n, response in zip(rows, out[:, ids.shape[1]:].tolist()):
                 end = next((t + 1 for t, token in enumerate(response) if token in stops), len(response))

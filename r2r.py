@@ -24,9 +24,10 @@ Deviations and choices (the papers' text leaves them open unless said otherwise)
      a real teacher (`--teacher`) are kept only when their answer equals the label.
 """
 
+import copy
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -243,9 +244,9 @@ class Rollout:
         self.suffixes = [s for p in self.prompts for s in p.suffix_ids for _ in range(self.group_size)]
 
     def lists(self, values):
-        """Cut a tensor of rows (N,) into one (K, G) tensor a list."""
+        """Cut a tensor of rows (N, …) into one (K, G, …) tensor a list."""
         sizes = [len(p.suffix_ids) * self.group_size for p in self.prompts]
-        return [part.view(-1, self.group_size) for part in values.split(sizes)]
+        return [part.view(-1, self.group_size, *values.shape[1:]) for part in values.split(sizes)]
 
 
 def generate(model, tokenizer, prompts, relevance, group_size, sampling, reasoning=True):
@@ -336,21 +337,31 @@ def backward(model, score_head, rollout, signal, clip=0.2, kl_coef=0.0, temperat
 
 
 def fit_score_head(score_head, hidden, relevance, optimizer, k=10, epochs=10):
-    """Warm-up: maximise V over stored hidden states, the head alone. hidden: a (K, G, D) tensor a list; relevance (K,) each.
+    """Warm-up: maximise the exact V over stored hidden states, the head alone. hidden: a (K, G, D) tensor a list; relevance (K,).
 
-    A fresh head gives random credit, which teaches the backbone nonsense from its first step (METHODS §4). Returns the mean V
-    over the last epoch.
+    A fresh head gives random credit, which teaches the backbone nonsense from its first step (METHODS §4); one that knows its
+    few lists by heart is certain of the wrong things. So every fourth list is held out, and the head of the epoch that ranks
+    those best is kept. Returns its V on them (on all lists, where there are fewer than four).
     """
-    utility = 0.0
+    held_out = range(3, len(hidden), 4) or range(len(hidden))
+    fitted = [n for n in range(len(hidden)) if n not in held_out or len(hidden) < 4]
+    relevance = [y.to(h.device) for y, h in zip(relevance, hidden)]
+
+    @torch.no_grad()
+    def value():
+        return sum(expected_ndcg(score_head(hidden[n]).T, relevance[n], k).mean().item() for n in held_out) / len(held_out)
+
+    best, state = value(), copy.deepcopy(score_head.state_dict())
     for _ in range(epochs):
-        utility = 0.0
-        for n in torch.randperm(len(hidden)).tolist():
-            loss, value = score_loss(score_head(hidden[n]), relevance[n].to(hidden[n].device), k)
+        for n in torch.tensor(fitted)[torch.randperm(len(fitted))].tolist():
             optimizer.zero_grad()
-            loss.mean().backward()
+            score_loss(score_head(hidden[n]), relevance[n], k)[0].mean().backward()
             optimizer.step()
-            utility += value.mean().item() / len(hidden)
-    return utility
+        if (now := value()) > best:
+            best, state = now, copy.deepcopy(score_head.state_dict())
+    optimizer.zero_grad()
+    score_head.load_state_dict(state)
+    return best
 
 
 # --- ranking -----------------------------------------------------------------------------------------------------------------
@@ -372,7 +383,7 @@ def score_lists(model, tokenizer, score_head, lists, sampling, num_samples=1, mi
     """
     prompts = [build_prompt(tokenizer, history, candidates, reasoning) for history, candidates in lists]
     empty = [torch.zeros(len(p.suffix_ids)) for p in prompts]
-    sampling = policy.Sampling(sampling.max_new_tokens, sampling.temperature, num_samples == 1, sampling.share_prefix, sampling.max_rows)
+    sampling = replace(sampling, greedy=num_samples == 1)
     rollout = generate(model, tokenizer, prompts, empty, num_samples, sampling, reasoning)
     if score_head is not None:
         scores = score(model, score_head, rollout, sampling.temperature, micro_batch, sampling.share_prefix).scores

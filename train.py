@@ -52,7 +52,7 @@ def parse_flags():
     g.add_argument("--batch-lists", type=positive(), default=4, metavar="N", help="lists an RL step (4)")
     g.add_argument("--lr", type=positive(float), help="of the language model in RL (tiny: 5e-5, else 6e-6)")
     g.add_argument("--head-lr", type=positive(float), help="of the score head in RL (tiny: 3e-4, else 3e-5)")
-    g.add_argument("--warmup-steps", type=positive(zero=True), metavar="N", help="batches rolled out to fit the score head alone (tiny: 1, else 4)")
+    g.add_argument("--warmup-steps", type=positive(zero=True), metavar="N", help="batches rolled out to fit the score head alone (tiny: 2, else 4)")
     g.add_argument("--sft-steps", type=positive(zero=True), metavar="N", help="cold-start steps (tiny: 400; with --teacher: 200; else 0)")
     g.add_argument("--sft-lists", type=positive(), default=4, metavar="N", help="lists a cold-start step, with up to 9 traces each (4)")
     g.add_argument("--sft-lr", type=positive(float), help="of the cold start (tiny: 1e-3, else 1e-5)")
@@ -259,18 +259,17 @@ def warm_up(model, tokenizer, score_head, dataset, targets, args, log):
     bar = tqdm(range(1, args.warmup_steps + 1), desc="warm-up", unit="step")
     for _ in bar:
         rollout, _ = roll_out(model, tokenizer, score_head, draw_batch(dataset, targets, tokenizer, args), args)
-        sizes = [len(p.suffix_ids) * rollout.group_size for p in rollout.prompts]
-        hidden += [h.view(-1, rollout.group_size, h.shape[-1]) for h in rollout.hidden.float().split(sizes)]
+        hidden += rollout.lists(rollout.hidden.float())
         relevance += rollout.relevance
     if hidden:
         optimizer = torch.optim.AdamW(score_head.parameters(), lr=1e-3, weight_decay=0.0)
         utility = r2r.fit_score_head(score_head, hidden, relevance, optimizer)
         log("warmup", args.warmup_steps, {"utility": utility, "lists": len(hidden)},
-            f"warm-up of the score head on {len(hidden)} lists: expected NDCG@10 {utility:.3f} on them")
+            f"warm-up of the score head on {len(hidden)} lists: expected NDCG@10 {utility:.3f} on those held out")
 
 
 def train_rl(model, tokenizer, score_head, dataset, targets, args, log, save):
-    reference = copy.deepcopy(model).requires_grad_(False) if args.kl_coef and not args.no_reasoning else None
+    reference = copy.deepcopy(model).requires_grad_(False) if args.kl_coef else None
     optimizer = Optimizer([{"params": list(model.parameters()), "lr": args.lr},
                            {"params": list(score_head.parameters()), "lr": args.head_lr}])
     generator = torch.Generator().manual_seed(args.seed)
@@ -281,6 +280,7 @@ def train_rl(model, tokenizer, score_head, dataset, targets, args, log, save):
         started = time.perf_counter()
         rollout, sampled = roll_out(model, tokenizer, score_head, batch or draw_batch(dataset, targets, tokenizer, args), args, reference)
         scored = time.perf_counter()
+        losses = {"token_loss": 0.0, "kl": 0.0, "clipped": 0.0, "grad_norm": 0.0}  # if no list has a signal
         for epoch in range(args.ppo_epochs):
             if epoch:  # the scores have moved; the old log-probabilities stay those of the policy that sampled
                 old = rollout.logprobs
@@ -322,7 +322,7 @@ def fill_defaults(args, model):
     evaluation.fill_model_defaults(args, model)
     args.teacher = args.teacher or ("template" if tiny or args.sft_steps else None)
     for name, small, large in (("steps", 30, 200), ("lr", 5e-5, 6e-6), ("head_lr", 3e-4, 3e-5),
-                               ("warmup_steps", 1, 4), ("sft_steps", 400, 200 if args.teacher else 0), ("sft_lr", 1e-3, 1e-5)):
+                               ("warmup_steps", 2, 4), ("sft_steps", 400, 200 if args.teacher else 0), ("sft_lr", 1e-3, 1e-5)):
         if getattr(args, name) is None:
             setattr(args, name, small if tiny else large)
 
@@ -357,6 +357,10 @@ def save_checkpoint(folder, model, tokenizer, score_head):
 def main():
     args = parse_flags()
     started = time.perf_counter()
+    if args.no_reasoning and args.kl_coef:
+        raise InputError("--kl-coef acts on rationale tokens, and with --no-reasoning there are none; drop one of the two")
+    if args.overwrite and not args.out:
+        raise InputError("--overwrite needs --out DIR; without --out a new directory is made")
     dataset, device, dtype = evaluation.check_common_flags(args)
     for split in ("train", "test"):  # an empty split, or too small a catalogue, is an error before the model is loaded
         dataset.examples(split, 1, args.num_candidates, args.history_length, args.seed)
@@ -375,7 +379,7 @@ def main():
     model, tokenizer = policy.load(args.model, device, dtype, texts, args.seed)
     fill_defaults(args, model)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.checkpoint_activations(model)
     score_head = r2r.ScoreHead(model.config.get_text_config().hidden_size, reasoning=not args.no_reasoning).to(device)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")}
     (out / "config.json").write_text(json.dumps({"flags": vars(args), "versions": {"python": platform.python_version(), **versions},

@@ -45,6 +45,10 @@ def plain_logprobs(model, prefix, suffix, response, temperature=1.0):
     return logprobs[torch.arange(start - 1, ids.shape[1] - 1), ids[0, start:]], out.hidden_states[-1][0, -1]
 
 
+def stop_checkpointing(model):
+    (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
+
+
 def gradients(model):
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
@@ -108,14 +112,14 @@ def test_gradients_equal_the_plain_backward(model, rows, share, micro_batch, che
     want = gradients(model)
     model.zero_grad()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.checkpoint_activations(model)
         model.train()
     try:
         for prefix, local, part in policy.micro_batches(model, prefixes, owner, suffixes, responses, micro_batch, share):
             logprobs, _, hidden = policy.row_logprobs(prefix, local, [suffixes[n] for n in part], [responses[n] for n in part])
             (weights[part] * (logprobs.sum(-1) + hidden.tanh().sum(-1))).sum().backward()
     finally:
-        model.gradient_checkpointing_disable()
+        stop_checkpointing(model)
     got = gradients(model)
     assert (got - want).norm() / want.norm() < 1e-5
     assert want.norm() > 1
@@ -228,14 +232,14 @@ def test_sampling_happens_in_eval_mode_and_restores_the_mode(model, tokenizer, p
     modes = []
     original = model.generate
     monkeypatch.setattr(model, "generate", lambda *a, **kw: (modes.append(model.training), original(*a, **kw))[1])
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy.checkpoint_activations(model)
     try:
         model.train()
         torch.manual_seed(0)
         noisy = policy.sample(model, tokenizer, prompts[0].prefix_ids, prompts[0].suffix_ids, 2, max_new_tokens=5)
         assert model.training and modes == [False]
     finally:
-        model.gradient_checkpointing_disable()
+        stop_checkpointing(model)
     model.eval()
     torch.manual_seed(0)
     assert noisy == policy.sample(model, tokenizer, prompts[0].prefix_ids, prompts[0].suffix_ids, 2, max_new_tokens=5)

@@ -202,7 +202,7 @@ def test_score_head_survives_saving(tmp_path, score_head):
 
 
 def test_warm_up_fits_the_head(score_head):
-    """Features that show the positive are found; features that do not leave V at chance."""
+    """Features that show the positive are found; noise is not learnt by heart into certainty about other lists."""
     torch.manual_seed(0)
     relevance = [torch.eye(6)[n % 6] for n in range(12)]
     blind = [torch.randn(6, 2, 192) for _ in range(12)]
@@ -211,3 +211,14 @@ def test_warm_up_fits_the_head(score_head):
     before = r2r.expected_ndcg(head(telling[0]).T, relevance[0], 10).mean().item()
     after = r2r.fit_score_head(head, telling, relevance, torch.optim.AdamW(head.parameters(), lr=1e-3), epochs=5)
     assert before < 0.6 < 0.95 < after
+    head = r2r.ScoreHead(192)
+    r2r.fit_score_head(head, blind, relevance, torch.optim.AdamW(head.parameters(), lr=1e-3))
+    fresh = torch.cat([head(torch.randn(6, 1, 192)) for _ in range(20)])
+    by_heart = r2r.ScoreHead(192)
+    optimizer = torch.optim.AdamW(by_heart.parameters(), lr=1e-3)
+    for _ in range(10):
+        for h, y in zip(blind, relevance):
+            optimizer.zero_grad()
+            r2r.score_loss(by_heart(h), y)[0].mean().backward()
+            optimizer.step()
+    assert fresh.std() < 0.5 * torch.cat([by_heart(torch.randn(6, 1, 192)) for _ in range(20)]).std()

@@ -138,6 +138,7 @@ def test_teacher_traces_from_a_file(tmp_path, toy):
     (["--pl", "other"], "exact"),
     (["--split", "temporal"], "--split"),
     (["--teacher", "./none"], "no such folder"),
+    (["--no-reasoning", "--kl-coef", "0.1"], "drop one"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, flags, words):
     error = run("train.py", "--out", tmp_path / "r", *flags, code=2).stderr
