@@ -176,7 +176,7 @@ def ask_teacher(dataset, args, device, dtype, path):
     return path
 
 
-def recorded_lessons(dataset, path, rng):
+def recorded_lessons(dataset, path, rng, reasoning=True):
     """Endless lessons from a JSONL of traces: those whose answer equals the label, 1 yes : 2 no. Raises InputError."""
     by_answer = {True: [], False: []}
     try:
@@ -192,7 +192,8 @@ def recorded_lessons(dataset, path, rng):
             raise InputError(f"{path} line {number}: expected an object with history (item ids of the catalogue), candidate, label "
                              f"and trace; {type(error).__name__}: {error}") from None
         if r2r.parse_answer(trace) == label:
-            by_answer[label].append((history, [candidate], [trace]))
+            response = trace if reasoning else f"<answer>{'yes' if label else 'no'}</answer>"
+            by_answer[label].append((history, [candidate], [response]))
     yes, no = by_answer[True], by_answer[False]
     pairs = min(len(yes), len(no) // 2)
     if not pairs:
@@ -327,7 +328,8 @@ def fill_defaults(args, model):
             setattr(args, name, small if tiny else large)
 
 
-def make_run_directory(args):
+def choose_run_directory(args, dataset):
+    """--out, or the first free runs/DATA-MODEL, -2, -3, …; nothing is made or deleted yet. Raises InputError."""
     if args.out:
         out = Path(args.out)
         if out.exists() and any(out.iterdir()):
@@ -335,11 +337,9 @@ def make_run_directory(args):
                 raise InputError(f"--out {out}: it exists and is not empty; choose another, or add --overwrite")
             if not (out / "config.json").exists():
                 raise InputError(f"--out {out}: it does not look like a run directory, so --overwrite will not delete it")
-            shutil.rmtree(out)
     else:
-        base = Path("runs") / f"{Path(args.data).name}-{Path(args.model).name}"
+        base = Path("runs") / f"{dataset.name}-{Path(args.model).name}"
         out = next(p for n in range(1, 10**6) if not (p := base if n == 1 else base.with_name(f"{base.name}-{n}")).exists())
-    out.mkdir(parents=True, exist_ok=True)
     return out
 
 
@@ -366,7 +366,7 @@ def main():
         dataset.examples(split, 1, args.num_candidates, args.history_length, args.seed)
     if args.teacher and args.teacher != "template" and not Path(args.teacher).is_file():
         policy.resolve(args.teacher)
-    out = make_run_directory(args)
+    out = choose_run_directory(args, dataset)
     print(f"run directory: {out}")
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
@@ -378,6 +378,9 @@ def main():
         texts += [r2r.template_trace(example.history, c)[0] for c in dataset.items.values()]
     model, tokenizer = policy.load(args.model, device, dtype, texts, args.seed)
     fill_defaults(args, model)
+    if args.overwrite:
+        shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
     if args.gradient_checkpointing:
         policy.checkpoint_activations(model)
     score_head = r2r.ScoreHead(model.config.get_text_config().hidden_size, reasoning=not args.no_reasoning).to(device)
@@ -402,8 +405,8 @@ def main():
         if args.teacher == "template":
             lessons = template_lessons(dataset, args, rng)
         else:
-            is_file = Path(args.teacher).is_file()
-            lessons = recorded_lessons(dataset, args.teacher if is_file else ask_teacher(dataset, args, device, dtype, out / "traces.jsonl"), rng)
+            path = args.teacher if Path(args.teacher).is_file() else ask_teacher(dataset, args, device, dtype, out / "traces.jsonl")
+            lessons = recorded_lessons(dataset, path, rng, not args.no_reasoning)
         model.train()
         cold_start(model, tokenizer, lessons, args, log)
         model.eval()

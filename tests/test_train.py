@@ -125,6 +125,25 @@ def test_teacher_traces_from_a_file(tmp_path, toy):
     assert f"{path} line 2" in run("train.py", *SMALL, "--out", tmp_path / "r2", "--teacher", path, code=2).stderr
 
 
+def test_a_teacher_s_right_answers_are_kept(tmp_path, toy, model, tokenizer, monkeypatch):
+    """A teacher that always says yes is right about the positives alone; a question in three parts is what it is asked."""
+    asked = []
+
+    def say_yes(model, tokenizer, prefix_ids, suffix_ids, num_samples, **settings):
+        asked.append(tokenizer.decode(prefix_ids))
+        return [[tokenizer("#Self-check: fine. <answer>yes</answer>").input_ids + [tokenizer.eos_token_id]] for _ in suffix_ids]
+
+    monkeypatch.setattr(train.policy, "load", lambda *a: (model, tokenizer))
+    monkeypatch.setattr(train.policy, "sample", say_yes)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--teacher", "someone", "--teacher-traces", "10"])
+    args = train.parse_flags()
+    records = [json.loads(line) for line in train.ask_teacher(toy, args, "cpu", torch.float32, tmp_path / "t.jsonl").read_text().splitlines()]
+    assert len(records) == 5 and len(asked) == 5 and all("#Initial reasoning" in a for a in asked)
+    for r in records:
+        assert r["label"] == 1 and r["trace"] == "#Self-check: fine. <answer>yes</answer>"
+        assert r["candidate"] in {x.item_id for x in toy.sequences[r["user"]]} and r["user"] in {u for u, _ in toy.splits["train"]}
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--nosuch"], "--nosuch"),
     (["--data", "none/such"], "no such folder"),
