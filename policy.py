@@ -65,11 +65,11 @@ def resolve(name):
 def load(name, device="cpu", dtype=torch.float32, texts=(), seed=0):
     """Model and tokenizer. `texts` (strings) are what the tokenizer of `tiny` is trained on. Raises InputError."""
     source = resolve(name)
+    transformers.utils.logging.disable_progress_bar()  # for loading and saving weights: the stages' own bars say more
     if source == "tiny":
         model, tokenizer = build_tiny(texts, seed)
         model.to(dtype)
     else:
-        transformers.utils.logging.disable_progress_bar()  # "Loading weights": our own bars say more
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
