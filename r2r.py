@@ -166,7 +166,9 @@ def expected_ndcg(scores, relevance, k=10):
 def permutation_ndcg(permutation, relevance, k=10):
     """NDCG@k of each permutation: (…, K), (K,) -> (…)."""
     gains, discounts, ideal = discounted_gains(relevance, min(k, permutation.shape[-1]))
-    return (gains[permutation][..., :k] * discounts).sum(-1) / ideal if ideal > 0 else torch.zeros(permutation.shape[:-1])
+    if ideal == 0:
+        return gains.new_zeros(permutation.shape[:-1])
+    return (gains[permutation][..., :k] * discounts).sum(-1) / ideal
 
 
 def sampled_ndcg(scores, relevance, k, noise):

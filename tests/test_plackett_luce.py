@@ -114,6 +114,7 @@ def test_no_relevant_candidate():
     value = r2r.expected_ndcg(scores, torch.zeros(4), 10)
     value.sum().backward()
     assert torch.equal(value, torch.zeros(2)) and torch.equal(scores.grad, torch.zeros(2, 4))
+    assert torch.equal(r2r.permutation_ndcg(torch.tensor([[1, 0, 2, 3]]), torch.zeros(4)), torch.zeros(1))
 
 
 @pytest.mark.parametrize("relevance", RELEVANCE[1:3])
