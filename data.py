@@ -1,35 +1,64 @@
-"""Data: items, interactions, splits and candidate lists.
+"""Data: items, interactions, splits, candidate lists, and where they come from.
 
 A data set is a catalogue of `Item`s and, for each user, a time-ordered sequence of interactions. A list to be ranked
 (`Example`) is one interaction to predict (the *target*), the interactions just before it (the *history*) and
-K candidates: the target and K - 1 negatives drawn uniformly from the items the user never touched.
+K candidates: the target and K - 1 negatives that the user never touched.
 
-    load("toy", seed=0)              a seeded synthetic beauty shop; nothing to download
-    load("path/to/NAME")             a folder with RecBole atomic files: NAME.inter, NAME.item [, NAME.kg, NAME.link]
+    load("toy")                      a seeded synthetic beauty shop; nothing to download                  users apart
+    load("beauty")                   Amazon 2014, 5-core; also toys, sports, games, instruments           leave-one-out
+    load("amazon2023:Video_Games")   Amazon Reviews 2023, 5-core, any category of its benchmark           temporal
+    load("ml-100k"), load("ml-1m")   MovieLens                                                            temporal
+    load("path/to/NAME")             a folder with RecBole atomic files: NAME.inter, NAME.item
+                                     [, NAME.user, NAME.kg, NAME.link]                                    leave-one-out
 
-Splits (METHODS "Protocol"):
+Splits (METHODS "Protocol"); the default of each source is on the right:
   temporal       global, 80/10/10 of the (history, target) examples; the borders are points in time, so that no training
                  example is as late as a validation example (examples that tie with a border all fall after it)
-  leave-one-out  last interaction of a user = test, last but one = validation; for sets without usable timestamps
+  leave-one-out  last interaction of a user = test, last but one = validation; for sets without usable timestamps, and what
+                 the literature uses on Amazon 2014
   users apart    the toy: training, validation and test users are different people
 
 Choices of ours:
   1. Negatives exclude everything the user *ever* touched, also after the target. So no negative is a hidden positive, and no
      validation or test interaction can stand in a training prompt, not even as a negative.
   2. Everything random follows from (seed, user, position): a list is the same whichever other lists are drawn, and when.
+  3. Amazon's price, sales rank, mean rating and number of ratings are not shown to the model: they were collected after the
+     last interaction, so they know the future.
+  4. Of Amazon's category paths the first is kept, without its root, which all items of a set share.
 """
 
-import csv
+import ast
+import contextlib
+import gc
+import gzip
+import hashlib
 import html
+import http.client
+import io
+import itertools
+import json
 import math
+import os
 import random
 import re
+import ssl
+import sys
+import time
 import unicodedata
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
 
 MAX_TEXT = 300  # characters kept of a title or of one attribute value
+MAX_LINE = 1 << 22  # bytes of one line of a file; a longer one is broken
 
 
 class InputError(ValueError):
@@ -51,8 +80,7 @@ class Item:
     rating: float | None = field(default=None, compare=False)
 
 
-@dataclass(frozen=True)
-class Interaction:
+class Interaction(NamedTuple):  # a tuple, because there are millions
     item_id: str
     timestamp: float = 0.0  # seconds; only the order matters where the data has no clock
     rating: float | None = None
@@ -68,6 +96,10 @@ class Example:
     relevance: list[float]
 
 
+NEGATIVES = ("uniform", "popularity", "category")
+CATEGORY_FIELDS = ("categories", "category", "genre", "genres", "class", "kind")
+
+
 @dataclass
 class Dataset:
     """A catalogue, the users' sequences, and which position of which user belongs to which split.
@@ -75,6 +107,9 @@ class Dataset:
     splits: "train", "validation", "test" -> [(user, position of the target in the user's sequence)].
     train_length: user -> how many of the user's first interactions lie in the training period; nothing beyond them may be
     counted, shown or learnt from in training.
+    users: user -> {field: value}, where the source tells something about its users.
+    negatives: "uniform" over the catalogue; "popularity", in proportion to training counts; "category", from the positive's
+    own category, the most special level that has enough items first, then from the levels above it.
     """
 
     name: str
@@ -83,10 +118,23 @@ class Dataset:
     splits: dict[str, list[tuple[str, int]]]
     train_length: dict[str, int]
     has_clock: bool = False
+    users: dict[str, dict[str, str]] = field(default_factory=dict)
+    negatives: str = "uniform"
     item_ids: list[str] = field(init=False)
 
     def __post_init__(self):
         self.item_ids = list(self.items)
+        if self.negatives == "popularity":
+            counts = self.popularity()
+            self._drawn_from = list(counts)
+            self._cumulative = list(itertools.accumulate(counts.values()))
+        elif self.negatives == "category":
+            self._by_category = {}
+            for item in self.items.values():
+                for value in _categories(item):
+                    self._by_category.setdefault(value, []).append(item.id)
+            if not self._by_category:
+                raise InputError(f"--negatives category: the items of {self.name} have none of the attributes {', '.join(CATEGORY_FIELDS)}")
 
     def targets(self, split, seed=0):
         """The (user, position) pairs of a split, in an order that follows from the seed."""
@@ -105,28 +153,41 @@ class Dataset:
         if len(self.items) - len(touched) < num_candidates - 1:
             raise InputError(f"{self.name}: {num_candidates} candidates need {num_candidates - 1} items that user {user} never "
                              f"touched, but only {len(self.items) - len(touched)} are left; lower --num-candidates")
-        negatives = []
-        while len(negatives) < num_candidates - 1:  # rejection: the catalogue is much larger than the list
-            drawn = rng.choice(self.item_ids)
+        ids = [positive.item_id]
+        for drawn in self._proposals(rng, positive.item_id, num_candidates + len(touched)):
+            if len(ids) == num_candidates:
+                break
             if drawn not in touched:
                 touched.add(drawn)
-                negatives.append(drawn)
-        ids = [positive.item_id, *negatives]
+                ids.append(drawn)
         rng.shuffle(ids)
         past = sequence[max(0, position - history_length):position]
         history = [replace(self.items[x.item_id], rating=x.rating, ago=self._ago(x, positive)) for x in past]
         return Example(user, history, [self.items[i] for i in ids], [float(i == positive.item_id) for i in ids])
 
+    def _proposals(self, rng, positive, enough):
+        """An endless stream of ids to draw negatives from; the caller passes over what it cannot use."""
+        if self.negatives == "popularity":
+            for _ in range(100 * enough):  # then uniformly: the user may have touched all that is popular
+                yield rng.choices(self._drawn_from, cum_weights=self._cumulative)[0] if self._drawn_from else positive
+        elif self.negatives == "category":
+            for value in reversed(_categories(self.items[positive])):
+                pool = self._by_category[value]
+                yield from rng.sample(pool, min(enough, len(pool)))
+        while True:
+            yield rng.choice(self.item_ids)
+
     def examples(self, split, num_lists=None, num_candidates=20, history_length=10, seed=0):
         """The first `num_lists` (None: all) lists of a split, in seeded order."""
         return [self.example(t, num_candidates, history_length, seed) for t in self.targets(split, seed)[:num_lists]]
 
+    def training(self):
+        """User -> item ids of the training period, oldest first: all that a baseline may learn from."""
+        return {u: [x.item_id for x in s[:self.train_length[u]]] for u, s in self.sequences.items() if self.train_length[u]}
+
     def popularity(self):
         """Item id -> number of interactions in the training period."""
-        counts = Counter()
-        for user, sequence in self.sequences.items():
-            counts.update(x.item_id for x in sequence[:self.train_length[user]])
-        return counts
+        return Counter(itertools.chain.from_iterable(self.training().values()))
 
     def texts(self):
         """All the text of the catalogue, an item a line: what a tokenizer may be trained on."""
@@ -143,6 +204,10 @@ class Dataset:
         return "today"
 
 
+def _categories(item):
+    return next((item.attributes[name] for name in CATEGORY_FIELDS if name in item.attributes), ())
+
+
 def describe(item):
     """One line about an item: `{ago}: {title} (brand / category, rated r)`. Attributes already in the title are left out."""
     title = item.title.lower()
@@ -155,23 +220,166 @@ def describe(item):
 
 def clean(text):
     """One line of printable text: HTML entities resolved, control, format and bidirectional characters dropped, white space
-    folded, cut at MAX_TEXT characters."""
-    text = html.unescape(text)
-    text = "".join(" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c)[0] != "C")
+    folded, cut at MAX_TEXT characters. Anything but a string counts as empty."""
+    if not isinstance(text, str):
+        return ""
+    text = html.unescape(text[:20 * MAX_TEXT])
+    if not (text.isascii() and text.isprintable()):
+        text = "".join(" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c)[0] != "C")
     text = re.sub(r" +", " ", text).strip()
     return text if len(text) <= MAX_TEXT else text[:MAX_TEXT - 1].rstrip() + "…"
 
 
-def load(name, split=None, seed=0):
-    """Load a data set by name or folder. split: "temporal", "leave-one-out" or None for the set's own default."""
+def make_item(item_id, title, attributes):
+    """An Item of cleaned text. A missing title is replaced by what is known."""
+    attributes = {name: tuple(filter(None, map(clean, values))) for name, values in attributes.items()}
+    attributes = {name: values for name, values in attributes.items() if values}
+    return Item(item_id, clean(title) or " ".join(["untitled", *(v[-1] for v in attributes.values())]), attributes)
+
+
+# --- loading ------------------------------------------------------------------------------------------------------------
+
+AMAZON_2014 = {"beauty": "Beauty", "toys": "Toys_and_Games", "sports": "Sports_and_Outdoors", "games": "Video_Games",
+               "instruments": "Musical_Instruments"}
+URL_2014 = "http://snap.stanford.edu/data/amazon/productGraph/categoryFiles/"
+URL_2023 = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/"
+URL_MOVIELENS = "https://files.grouplens.org/datasets/movielens/"
+SIZES = {  # users, items, interactions as published
+    "beauty": (22363, 12101, 198502), "toys": (19412, 11924, 167597), "sports": (35598, 18357, 296337),
+    "amazon2023:Video_Games": (94762, 25612, 814586), "ml-100k": (943, 1682, 100000)}
+DEFAULT_CACHE = "~/.cache/r2rank"
+CACHE_FORMAT = 1  # raised when what is stored changes its meaning
+
+
+@contextlib.contextmanager
+def _without_garbage_collection():
+    """Millions of small tuples are made; to look through them for cycles again and again would take longer than to make them."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+@_without_garbage_collection()
+def load(name, split=None, seed=0, negatives="uniform", cache_dir=None, mirror=None, skip_bad_lines=False, since=None, until=None,
+         core=0, require=()):
+    """Load a data set by name or folder. Raises InputError.
+
+    split: "temporal", "leave-one-out" or None for the source's own default. negatives: see Dataset. cache_dir holds downloads
+    and parsed files. mirror: a URL to take the files from instead of their official places. since, until: dates; only
+    interactions of since <= time < until are kept. core: keep only users and items with that many interactions, again and again.
+    require: names of Amazon metadata fields; items without one of them are dropped with their interactions.
+    """
     if name == "toy":
         if split:
             raise InputError("--split does not apply to the toy set: its training, validation and test users are different people")
-        return toy(seed)
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        raise InputError(f"--data {name}: no such folder. Give `toy`, or a folder with NAME.inter and NAME.item (RecBole atomic files)")
-    return load_recbole(folder, split or "leave-one-out")
+        return replace(toy(seed), negatives=negatives)
+    cache = Path(cache_dir or os.environ.get("R2RANK_CACHE") or DEFAULT_CACHE).expanduser()
+    default = "leave-one-out"
+    if name in AMAZON_2014:
+        category = AMAZON_2014[name]
+        files = [fetch(URL_2014 + f, cache / "amazon-2014", mirror) for f in (f"reviews_{category}_5.json.gz", f"meta_{category}.json.gz")]
+        read = read_amazon_2014
+    elif name.startswith("amazon2023:"):
+        category, default = name.partition(":")[2], "temporal"
+        if not re.fullmatch(r"\w+", category):
+            raise InputError(f"--data {name}: give a category of Amazon Reviews 2023, such as amazon2023:Video_Games")
+        files = [fetch(URL_2023 + f, cache / "amazon-2023", mirror) for f in
+                 (f"benchmark/5core/rating_only/{category}.csv.gz", f"raw/meta_categories/meta_{category}.jsonl.gz")]
+        read = read_amazon_2023
+    elif name in ("ml-100k", "ml-1m"):
+        files, default = [fetch(f"{URL_MOVIELENS}{name}.zip", cache / "movielens", mirror)], "temporal"
+        read = read_ml_100k if name == "ml-100k" else read_ml_1m
+    else:
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            raise InputError(f"--data {name}: no such folder. Give toy, {', '.join(AMAZON_2014)}, amazon2023:CATEGORY, ml-100k, ml-1m, "
+                             f"or a folder with NAME.inter and NAME.item (RecBole atomic files)")
+        files, read = atomic_files(folder), read_recbole
+    if require and "amazon" not in read.__name__:
+        raise InputError("--require: only the Amazon sets have metadata fields to require")
+    label = files[0].stem if read is read_recbole else name
+
+    raw = cached(cache / "parsed", label, files, [sorted(require), skip_bad_lines],
+                 lambda: read(*files, bad=BadLines(skip_bad_lines), require=tuple(require)))
+    sizes = (len(raw.sequences), len(raw.items), sum(map(len, raw.sequences.values())))
+    if name in SIZES and sizes != SIZES[name] and not require:
+        print(f"note: {name} has {sizes[0]} users, {sizes[1]} items and {sizes[2]} interactions here; published are "
+              f"{' / '.join(map(str, SIZES[name]))}", file=sys.stderr)
+    if since or until or core:
+        raw = restrict(label, raw, since, until, core)
+    split = split or default
+    if split == "temporal" and not raw.has_clock:
+        raise InputError(f"{label}: --split temporal needs real timestamps; here they are missing or only count a user's "
+                         f"interactions. Use --split leave-one-out")
+    splits, train_length = (split_temporal if split == "temporal" else split_leave_one_out)(raw.sequences)
+    return Dataset(label, raw.items, raw.sequences, splits, train_length, raw.has_clock, raw.users, negatives)
+
+
+class Raw(NamedTuple):
+    """What a reader returns: the catalogue, and each user's interactions in time order."""
+
+    items: dict[str, Item]
+    sequences: dict[str, list[Interaction]]
+    has_clock: bool
+    users: dict[str, dict[str, str]]
+
+
+def restrict(label, raw, since, until, core):
+    """A time window, then the k-core: users and items with at least `core` interactions, until nothing more falls out."""
+    try:
+        first, last = (datetime.fromisoformat(d).replace(tzinfo=timezone.utc).timestamp() if d else None for d in (since, until))
+    except ValueError as error:
+        raise InputError(f"--since, --until: expected a date such as 2021-06-30 ({error})") from None
+    if (since or until) and not raw.has_clock:
+        raise InputError(f"{label}: --since and --until need real timestamps, which this set does not have")
+    sequences = {u: [x for x in s if (first is None or x.timestamp >= first) and (last is None or x.timestamp < last)]
+                 for u, s in raw.sequences.items()}
+    before = None
+    while core and before != (before := sum(map(len, sequences.values()))):
+        counts = Counter(x.item_id for s in sequences.values() for x in s)
+        sequences = {u: [x for x in s if counts[x.item_id] >= core] for u, s in sequences.items()}
+        sequences = {u: s for u, s in sequences.items() if len(s) >= core}
+    sequences = {u: s for u, s in sequences.items() if s}
+    if not sequences:
+        raise InputError(f"{label}: --since, --until and --core together leave no interaction")
+    left = {x.item_id for s in sequences.values() for x in s}
+    return raw._replace(sequences=sequences, items={i: x for i, x in raw.items.items() if i in left})
+
+
+def cached(folder, label, files, options, parse):
+    """parse(), or what it returned the last time for the very same files and options. A folder that cannot be written is no error."""
+    stamp = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    key = hashlib.sha256(json.dumps([CACHE_FORMAT, MAX_TEXT, stamp, options]).encode()).hexdigest()[:16]
+    path = folder / f"{re.sub(r'[^A-Za-z0-9.-]', '_', label)}-{key}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+        return _unpack(json.loads(path.read_text()))
+    raw = parse()
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(_pack(raw), separators=(",", ":")))
+        temporary.replace(path)
+    return raw
+
+
+def _pack(raw):
+    index = {i: n for n, i in enumerate(raw.items)}
+    rows = list(itertools.chain.from_iterable(raw.sequences.values()))
+    return {"items": [[x.id, x.title, x.attributes] for x in raw.items.values()], "users": raw.users, "has_clock": raw.has_clock,
+            "lengths": {u: len(s) for u, s in raw.sequences.items()}, "item": [index[x.item_id] for x in rows],
+            "timestamp": [x.timestamp for x in rows], "rating": [x.rating for x in rows]}
+
+
+def _unpack(stored):
+    items = {i: Item(i, title, {k: tuple(v) for k, v in attributes.items()}) for i, title, attributes in stored["items"]}
+    ids = list(items)
+    rows = map(Interaction, map(ids.__getitem__, stored["item"]), stored["timestamp"], stored["rating"])
+    sequences = {user: list(itertools.islice(rows, n)) for user, n in stored["lengths"].items()}
+    return Raw(items, sequences, stored["has_clock"], stored["users"])
 
 
 # --- splits ---------------------------------------------------------------------------------------------------------
@@ -206,56 +414,401 @@ def split_temporal(sequences, train=0.8, validation=0.1):
     return splits, train_length
 
 
+# --- candidate lists as files ------------------------------------------------------------------------------------------
+
+
+def save_lists(path, examples):
+    """JSONL, a list a line: user, history, candidates (item ids), relevance; where known also ago and ratings of the history."""
+    with open(path, "w", encoding="utf-8") as f:
+        for e in examples:
+            record = {"user": e.user, "history": [x.id for x in e.history], "candidates": [x.id for x in e.candidates],
+                      "relevance": [int(y) if y == int(y) else y for y in e.relevance]}
+            if any(x.ago for x in e.history):
+                record["ago"] = [x.ago for x in e.history]
+            if any(x.rating is not None for x in e.history):
+                record["ratings"] = [x.rating for x in e.history]
+            f.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def read_lists(path, items):
+    """The examples of a JSONL that save_lists, or another program, wrote. Raises InputError with the line."""
+    examples = []
+    for number, line in read_lines(path, BadLines()):
+        try:
+            record = json.loads(line)
+            ids, relevance, past = record["candidates"], [float(y) for y in record["relevance"]], record.get("history", [])
+            ago, ratings = (record.get(k, [default] * len(past)) for k, default in (("ago", ""), ("ratings", None)))
+            history = [replace(items[i], ago=clean(a), rating=None if r is None else float(r))
+                       for i, a, r in zip(past, ago, ratings, strict=True)]
+            example = Example(str(record.get("user", number)), history, [items[i] for i in ids], relevance)
+        except KeyError as error:
+            raise InputError(f"{path} line {number}: {error} is neither there nor an item of the catalogue") from None
+        except MALFORMED as error:
+            raise InputError(f"{path} line {number}: expected {{\"user\", \"history\": [ids], \"candidates\": [ids], \"relevance\": "
+                             f"[numbers]}}; {type(error).__name__}: {error}") from None
+        if len(relevance) != len(ids) or len(set(ids)) != len(ids) or len(ids) < 2 or not all(0 <= y < 100 for y in relevance) or not any(relevance):
+            raise InputError(f"{path} line {number}: expected at least 2 different candidates and one relevance >= 0 for each, some of "
+                             f"them relevant")
+        examples.append(example)
+    if not examples:
+        raise InputError(f"{path}: no lists in it")
+    return examples
+
+
+# --- downloads ----------------------------------------------------------------------------------------------------------
+
+
+def fetch(url, folder, mirror=None, timeout=30, patience=3):
+    """The local path of a file, downloaded once. Raises InputError, naming the URL and where to put the file by hand.
+
+    It arrives in a .part file, which a later try or process resumes; it takes its name when its length is the announced one and
+    its gzip or zip checksums hold. A lock keeps two processes from writing it at once. Gives up after `patience` tries that
+    brought nothing new.
+    """
+    path = Path(folder) / url.rpartition("/")[2]
+    if path.exists():
+        return path
+    url = f"{mirror.rstrip('/')}/{path.name}" if mirror else url
+    by_hand = f"If this machine has no way to it, download {url} elsewhere and put it at {path}"
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(path.with_name(path.name + ".lock")):
+            misses = 0
+            while not path.exists():  # the process that held the lock before may have finished the work
+                size = part.stat().st_size if part.exists() else 0
+                try:
+                    _download(url, part, timeout)
+                    _verify(part, path.name)
+                    part.replace(path)
+                except urllib.error.HTTPError as error:
+                    if error.code < 500 and error.code not in (408, 416, 429):
+                        raise InputError(f"{url}: the server answers {error.code} {error.reason}. {by_hand}") from None
+                    failure = error
+                except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError, Incomplete) as error:
+                    failure = error
+                else:
+                    return path
+                progress = part.exists() and part.stat().st_size > size
+                misses = 0 if progress else misses + 1
+                if misses >= patience:
+                    raise InputError(f"{url} could not be downloaded: {failure}. {by_hand}") from None
+                time.sleep(min(0.2 * 2**misses, 5))
+    except OSError as error:  # not the network: those are above
+        raise InputError(f"{path}: {error}. Choose another folder with --cache-dir") from None
+    return path
+
+
+class Incomplete(Exception):
+    """A download that is short or damaged."""
+
+
+@contextlib.contextmanager
+def _lock(path):
+    with open(path, "w") as f:
+        try:
+            import fcntl
+            fcntl.flock(f, fcntl.LOCK_EX)
+        except (ImportError, OSError):  # Windows, or a file system without locks: then only one process at a time, please
+            pass
+        yield
+
+
+def _download(url, part, timeout):
+    """Add to `part` what it still lacks. Raises Incomplete when the connection ends before the announced length."""
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"User-Agent": "r2rank", "Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and have:  # nothing after what we have: it is whole, or not that file
+            if error.headers.get("Content-Range", "").strip() == f"bytes */{have}":
+                return
+            part.unlink()
+        raise
+    with response:
+        if have and not (response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")):
+            if response.status == 206:  # another piece than the one asked for
+                part.unlink()
+                raise Incomplete("the server sent the wrong range")
+            have = 0  # it cannot resume, and sends the whole file
+        length = response.headers.get("Content-Length", "")
+        total = have + int(length) if length.isdigit() else None
+        with open(part, "ab" if have else "wb") as f, tqdm(total=total, initial=have, desc=part.stem, unit="B", unit_scale=True) as bar:
+            while block := response.read1(1 << 18):
+                f.write(block)
+                bar.update(len(block))
+    if total is not None and part.stat().st_size < total:
+        raise Incomplete(f"the connection ended after {part.stat().st_size} of {total} bytes")
+
+
+def _verify(part, name):
+    """Raise Incomplete when the archive's own checksums do not hold. A cut one is kept, to be resumed; a damaged one is deleted."""
+    try:
+        if name.endswith(".gz"):
+            with gzip.open(part) as f:
+                while f.read(1 << 22):
+                    pass
+        elif name.endswith(".zip"):
+            with zipfile.ZipFile(part) as z:
+                if z.testzip():
+                    raise zipfile.BadZipFile(f"{z.testzip()} is damaged")
+    except EOFError as error:
+        raise Incomplete(f"the file is cut off ({error})") from None
+    except (gzip.BadGzipFile, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        part.unlink()
+        raise Incomplete(f"what arrived is damaged ({error})") from None
+
+
+# --- reading files --------------------------------------------------------------------------------------------------------
+
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, SyntaxError, RecursionError, MemoryError, OverflowError)
+
+
+class BadLines:
+    """What to do with a line that cannot be read: an InputError, or with skip, count it and report at the end."""
+
+    def __init__(self, skip=False):
+        self.skip, self.counts, self.first = skip, Counter(), {}
+
+    def __call__(self, path, number, message):
+        text = f"{path} line {number}: {message}"
+        if not self.skip:
+            raise InputError(f"{text}. --skip-bad-lines passes over such lines")
+        self.counts[path] += 1
+        self.first.setdefault(path, text)
+
+    def report(self):
+        for path, count in self.counts.items():
+            print(f"skipped {count} bad line{'s' * (count > 1)} of {path}; the first: {self.first[path]}", file=sys.stderr)
+
+
+def read_lines(path, bad, member=None, encoding="utf-8"):
+    """(number, text) of each line that is not empty; path may be gzipped, or a zip of which `member` is read."""
+    where = f"{path}:{member}" if member else path
+    try:
+        with contextlib.ExitStack() as stack:
+            if member:
+                f = stack.enter_context(zipfile.ZipFile(path).open(member))
+            else:
+                f = stack.enter_context(gzip.open(path) if str(path).endswith(".gz") else open(path, "rb"))
+            f = io.BufferedReader(f, 1 << 20)
+            lines = enumerate(iter(lambda: f.readline(MAX_LINE), b""), start=1)
+            for number, line in tqdm(lines, desc=f"reading {Path(path).name}", unit=" lines", delay=2, leave=False):
+                if len(line) == MAX_LINE and not line.endswith(b"\n"):
+                    while (rest := f.readline(MAX_LINE)) and not rest.endswith(b"\n"):
+                        pass
+                    bad(where, number, f"longer than {MAX_LINE} bytes")
+                elif text := line.decode(encoding, errors="replace").strip("\r\n\ufeff"):
+                    yield number, text
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, KeyError, NotImplementedError, RuntimeError) as error:
+        raise InputError(f"{where}: cannot be read ({error})") from None
+
+
+def number_of(text):
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a finite number")
+    return value
+
+
+def id_of(value):
+    if not (isinstance(value, str) and value):
+        raise TypeError(f"{value!r:.40} is not an id")
+    return value
+
+
+def in_time_order(sequences):
+    for sequence in sequences.values():
+        sequence.sort(key=lambda x: x.timestamp)  # stable: ties keep the file's order
+    return sequences
+
+
+# --- Amazon ---------------------------------------------------------------------------------------------------------------
+
+ASIN = re.compile(r"""['"](?:parent_)?asin['"]\s*:\s*['"]([^'"]+)['"]""")
+RELATED = re.compile(r"""'related': \{[^{}]*\}""")  # long lists of other products, nine tenths of a line
+
+
+def read_amazon_2014(reviews, meta, bad, require=()):
+    """Reviews as JSON lines; metadata as one Python literal a line (asin, title, brand, categories: any may be missing)."""
+    sequences = {}
+    for number, line in read_lines(reviews, bad):
+        try:
+            r = json.loads(line)
+            user, row = id_of(r["reviewerID"]), Interaction(id_of(r["asin"]), number_of(r["unixReviewTime"]), number_of(r["overall"]))
+        except MALFORMED as error:
+            bad(reviews, number, f"expected a JSON object with reviewerID, asin, overall, unixReviewTime; {type(error).__name__}: {error}")
+            continue
+        sequences.setdefault(user, []).append(row)
+
+    def parse(line):
+        with contextlib.suppress(*MALFORMED):
+            return ast.literal_eval(RELATED.sub("'related': {}", line, count=1))
+        return ast.literal_eval(line)
+
+    return _amazon(sequences, meta, parse, "a Python literal {'asin': …, 'title': …}", "asin", "brand", bad, require)
+
+
+def read_amazon_2023(ratings, meta, bad, require=()):
+    """Ratings as CSV (user_id,parent_asin,rating,timestamp in ms); metadata as JSON lines (parent_asin, title, store, categories, …)."""
+    sequences, expected = {}, "user_id,parent_asin,rating,timestamp"
+    for number, line in read_lines(ratings, bad):
+        if number == 1:
+            if line.strip() != expected:
+                raise InputError(f"{ratings} line 1: expected the header {expected}, found {line[:80]!r}")
+            continue
+        try:
+            user, item, rating, milliseconds = line.split(",")
+            row = Interaction(id_of(item), number_of(milliseconds) / 1000, number_of(rating))
+        except MALFORMED as error:
+            bad(ratings, number, f"expected {expected}; {error}")
+            continue
+        sequences.setdefault(user, []).append(row)
+    return _amazon(sequences, meta, json.loads, 'a JSON object {"parent_asin": …, "title": …}', "parent_asin", "store", bad, require)
+
+
+def _amazon(sequences, meta, parse, expected, id_field, brand_field, bad, require):
+    wanted = {x.item_id for s in sequences.values() for x in s}
+    items = {}
+    for number, line in read_lines(meta, bad):
+        found = ASIN.findall(line)
+        if found and wanted.isdisjoint(found):
+            continue  # most of the file: products outside the 5-core
+        try:
+            record = parse(line)
+            item_id, paths = id_of(record[id_field]), record.get("categories") or []
+            path = paths[0] if paths and isinstance(paths[0], list) else paths  # 2014: a list of paths
+            missing = [name for name in require if record.get(name) in (None, "", [], {})]
+            item = make_item(item_id, record.get("title"), {"brand": [record.get(brand_field)], "categories": path[1:] or path})
+        except MALFORMED as error:
+            bad(meta, number, f"expected {expected}; {type(error).__name__}: {str(error)[:80]}")
+            continue
+        if item_id in wanted and not missing:
+            items[item_id] = item
+    if require:
+        sequences = {u: kept for u, s in sequences.items() if (kept := [x for x in s if x.item_id in items])}
+        wanted = {x.item_id for s in sequences.values() for x in s}
+        if not sequences:
+            raise InputError(f"--require {','.join(require)}: no item of {meta} has all of these fields")
+    bad.report()
+    items = {i: items.get(i) or make_item(i, "", {}) for i in sorted(wanted)}
+    return Raw(items, in_time_order(sequences), True, {})
+
+
+# --- MovieLens --------------------------------------------------------------------------------------------------------------
+
+GENRES = ("unknown|Action|Adventure|Animation|Children's|Comedy|Crime|Documentary|Drama|Fantasy|Film-Noir|Horror|Musical|Mystery|"
+          "Romance|Sci-Fi|Thriller|War|Western").split("|")
+AGES = {"1": "under 18", "18": "18-24", "25": "25-34", "35": "35-44", "45": "45-49", "50": "50-55", "56": "56 or older"}
+OCCUPATIONS = ("other|educator|artist|clerical worker|college student|customer service worker|doctor|executive|farmer|homemaker|K-12 student|"
+               "lawyer|programmer|retired|salesperson|scientist|self-employed|technician|tradesperson|unemployed|writer").split("|")
+
+
+def read_ml_100k(archive, bad, require=()):
+    def movie(f):
+        return f[0], f[1], [name for name, flag in zip(GENRES, f[5:]) if flag == "1" and name != "unknown"]
+
+    return _movielens(archive, "ml-100k", ("u.data", "\t", 4), ("u.item", "|", 24), ("u.user", "|", 5), bad, movie,
+                      lambda f: (f[0], {"age": f[1], "gender": f[2], "occupation": f[3], "zip_code": f[4]}))
+
+
+def read_ml_1m(archive, bad, require=()):
+    return _movielens(archive, "ml-1m", ("ratings.dat", "::", 4), ("movies.dat", "::", 3), ("users.dat", "::", 5), bad,
+                      lambda f: (f[0], f[1], f[2].split("|")),
+                      lambda f: (f[0], {"age": AGES.get(f[2], f[2]), "gender": f[1], "occupation": OCCUPATIONS[int(f[3])], "zip_code": f[4]}))
+
+
+def _movielens(archive, folder, ratings, movies, people, bad, movie, person):
+    def rows(file, separator, width):
+        member = f"{folder}/{file}"
+        for number, line in read_lines(archive, bad, member, encoding="latin-1"):
+            fields = line.split(separator)
+            if len(fields) != width:
+                bad(f"{archive}:{member}", number, f"expected {width} fields separated by {separator!r}, found {len(fields)}")
+                continue
+            yield number, fields
+
+    def parsed(part, parse, expected):
+        for number, fields in rows(*part):
+            try:
+                yield parse(fields)
+            except MALFORMED as error:
+                bad(f"{archive}:{folder}/{part[0]}", number, f"expected {expected}; {error}")
+
+    items = {i: make_item(i, title, {"genre": genres}) for i, title, genres in parsed(movies, movie, "a movie with title and genres")}
+    users = dict(parsed(people, person, "a user with age, gender, occupation, zip code"))
+    sequences = {}
+
+    def rating(f):
+        if f[1] not in items:
+            raise ValueError(f"movie {f[1]!r} is not in {movies[0]}")
+        return f[0], Interaction(f[1], number_of(f[3]), number_of(f[2]))
+
+    for user, row in parsed(ratings, rating, "user, movie, rating, time in seconds"):
+        sequences.setdefault(user, []).append(row)
+    bad.report()
+    return Raw(items, in_time_order(sequences), True, users)
+
+
 # --- RecBole atomic files --------------------------------------------------------------------------------------------
 
 
-def read_atomic(path, required):
-    """Rows of a tab-separated file with a typed header (`field:type`), as (line number, {field: text}); and the types."""
-    with open(path, encoding="utf-8", errors="replace", newline="") as f:
-        reader = csv.reader(f, delimiter="\t", quoting=csv.QUOTE_NONE)
-        header = next(reader, None) or []
-        types = {}
-        for cell in header:
-            name, _, kind = cell.partition(":")
-            if kind not in ("token", "token_seq", "float", "float_seq"):
-                raise InputError(f"{path} line 1: expected `field:type` with type token, token_seq or float, found {cell[:40]!r}")
-            types[name] = kind
-        for name in required:
-            if name not in types:
-                raise InputError(f"{path}: no column `{name}`; it has {', '.join(types) or 'none'}")
+def read_atomic(path, required, bad):
+    """A tab-separated file with a typed header (`field:type`): the types, and an iterator over (line number, {field: text})."""
+    lines = read_lines(path, bad)
+    header = next(lines, (1, ""))[1].split("\t")
+    types = {}
+    for cell in filter(None, header):
+        name, _, kind = cell.partition(":")
+        if kind not in ("token", "token_seq", "float", "float_seq"):
+            raise InputError(f"{path} line 1: expected `field:type` with type token, token_seq or float, found {cell[:40]!r}")
+        types[name] = kind
+    for name in required:
+        if name not in types:
+            raise InputError(f"{path}: no column `{name}`; it has {', '.join(types) or 'none'}")
 
-        def rows():
-            for number, row in enumerate(reader, start=2):
-                if len(row) != len(header):
-                    raise InputError(f"{path} line {number}: expected {len(header)} fields, found {len(row)}")
+    def rows():
+        for number, line in lines:
+            row = line.split("\t")
+            if len(row) != len(header):
+                bad(path, number, f"expected {len(header)} fields, found {len(row)}")
+            else:
                 yield number, dict(zip(types, row))
 
-        return types, list(rows())
+    return types, rows()
 
 
-def load_recbole(folder, split):
+def atomic_files(folder):
+    """[NAME.inter, NAME.item] and those of .user, .kg, .link that are there."""
     names = sorted(p.stem for p in folder.glob("*.inter"))
     if len(names) != 1:
         raise InputError(f"{folder}: expected one NAME.inter file, found {len(names)}")
     base = folder / names[0]
     if not base.with_suffix(".item").exists():
         raise InputError(f"{folder}: {base.name}.inter is there, but {base.name}.item (the catalogue: item_id, title, …) is missing")
-    items = _read_items(base)
-    sequences, has_clock = _read_interactions(base, items)
-    if split == "temporal" and not has_clock:
-        raise InputError(f"{folder}: --split temporal needs real timestamps; here they are missing or only count a user's "
-                         f"interactions. Use --split leave-one-out")
-    splits, train_length = (split_temporal if split == "temporal" else split_leave_one_out)(sequences)
-    return Dataset(base.name, items, sequences, splits, train_length, has_clock)
+    return [base.with_suffix(s) for s in (".inter", ".item", ".user", ".kg", ".link") if s in (".inter", ".item") or base.with_suffix(s).exists()]
 
 
-def _read_items(base):
-    types, rows = read_atomic(base.with_suffix(".item"), ["item_id"])
+def read_recbole(interactions, *others, bad, require=()):
+    base = interactions.with_suffix("")
+    items = _read_items(base, bad)
+    sequences, has_clock = _read_interactions(base, items, bad)
+    users = {}
+    if base.with_suffix(".user") in others:
+        _, rows = read_atomic(base.with_suffix(".user"), ["user_id"], bad)
+        users = {row.pop("user_id"): {k: clean(v) for k, v in row.items()} for _, row in rows}
+    bad.report()
+    return Raw(items, sequences, has_clock, users)
+
+
+def _read_items(base, bad):
+    types, rows = read_atomic(base.with_suffix(".item"), ["item_id"], bad)
     title_field = next((n for n in types if n == "title"), None) or next((n for n in types if "title" in n or n == "name"), None)
     if title_field is None:
         raise InputError(f"{base.name}.item: no title column (`title`, `movie_title` or `name`); it has {', '.join(types)}")
     features = [n for n, kind in types.items() if n not in ("item_id", title_field) and kind.startswith("token")]
-    knowledge = _read_knowledge(base)
+    knowledge = _read_knowledge(base, bad)
     items = {}
     for _, row in rows:
         attributes = {}
@@ -264,50 +817,47 @@ def _read_items(base):
                 values = row[name].split("|")
             else:
                 values = row[name].split(" ") if types[name] == "token_seq" else [row[name]]
-            if values := tuple(v for v in map(clean, values) if v):
-                attributes[name] = values
+            attributes[name] = tuple(filter(None, map(clean, values)))
         for relation, values in knowledge.get(row["item_id"], {}).items():
             if values not in attributes.values():  # the same genres under two names would only lengthen the prompt
                 attributes[relation] = values
-        title = clean(row[title_field]) or "untitled " + " ".join(v[-1] for v in attributes.values())
-        items[row["item_id"]] = Item(row["item_id"], title.strip(), attributes)
+        items[row["item_id"]] = make_item(row["item_id"], row[title_field], attributes)
     return items
 
 
-def _read_knowledge(base):
+def _read_knowledge(base, bad):
     """NAME.kg + NAME.link, where both are there: item id -> {relation: the names it leads to}."""
     if not (base.with_suffix(".kg").exists() and base.with_suffix(".link").exists()):
         return {}
-    _, links = read_atomic(base.with_suffix(".link"), ["item_id", "entity_id"])
-    item_of = {row["entity_id"]: row["item_id"] for _, row in links}
-    _, triples = read_atomic(base.with_suffix(".kg"), ["head_id", "relation_id", "tail_id"])
+    item_of = {row["entity_id"]: row["item_id"] for _, row in read_atomic(base.with_suffix(".link"), ["item_id", "entity_id"], bad)[1]}
     knowledge = {}
-    for _, row in triples:
+    for _, row in read_atomic(base.with_suffix(".kg"), ["head_id", "relation_id", "tail_id"], bad)[1]:
         if row["head_id"] in item_of and (value := clean(row["tail_id"])):
             relations = knowledge.setdefault(item_of[row["head_id"]], {})
             relations[row["relation_id"]] = relations.get(row["relation_id"], ()) + (value,)
     return knowledge
 
 
-def _read_interactions(base, items):
+def _read_interactions(base, items, bad):
     path = base.with_suffix(".inter")
-    types, rows = read_atomic(path, ["user_id", "item_id"])
+    types, rows = read_atomic(path, ["user_id", "item_id"], bad)
     sequences = {}
     for number, row in rows:
         if row["item_id"] not in items:
-            raise InputError(f"{path} line {number}: item {row['item_id']!r} is not in {base.name}.item")
+            bad(path, number, f"item {row['item_id']!r} is not in {base.name}.item")
+            continue
         try:
-            timestamp = float(row.get("timestamp") or 0)
-            rating = float(row["rating"]) if row.get("rating") else None
+            timestamp = number_of(row.get("timestamp") or 0)
+            rating = number_of(row["rating"]) if row.get("rating") else None
         except ValueError:
-            raise InputError(f"{path} line {number}: timestamp and rating must be numbers") from None
+            bad(path, number, "timestamp and rating must be numbers")
+            continue
         sequences.setdefault(row["user_id"], []).append(Interaction(row["item_id"], timestamp, rating))
-    for sequence in sequences.values():
-        sequence.sort(key=lambda x: x.timestamp)  # stable: ties keep the file's order
+    in_time_order(sequences)
     # Some published files carry a position (1, 2, …) instead of a time: good for order, not across users.
     has_clock = "timestamp" in types and any(x.timestamp > 1e6 for s in sequences.values() for x in s)
     if has_clock and max(s[-1].timestamp for s in sequences.values()) > 1e11:  # milliseconds
-        sequences = {u: [replace(x, timestamp=x.timestamp / 1000) for x in s] for u, s in sequences.items()}
+        sequences = {u: [x._replace(timestamp=x.timestamp / 1000) for x in s] for u, s in sequences.items()}
     return sequences, has_clock
 
 
