@@ -1,58 +1,169 @@
-"""Evaluate rankers on held-out lists: metrics with 95% bootstrap intervals, a table, `eval.json`, and explanations to read.
+"""Rank held-out lists: metrics with 95% bootstrap intervals, a table, `eval.json`, baselines, and explanations to read.
 
     python eval.py --run runs/toy-tiny                        a finished run, on its own test lists
-    python eval.py --model Qwen2.5-1.5B --data path/to/NAME   an untrained model: scored by log p(yes) - log p(no)
+    python eval.py --model Qwen2.5-1.5B --data beauty         an untrained model: scored by log p(yes) - log p(no)
+    python eval.py --baselines --data beauty                  what a reviewer will ask for, on the same lists
+    python eval.py --baselines --full --data beauty           the baselines rank the whole catalogue
     python eval.py --run runs/toy-tiny --explain 3            three lists as a person wants to see them
 
-Every system is a function from lists to scores and goes through `evaluate`. Ties are broken at random, from the seed.
+Every system is a function from lists to scores and goes through `evaluate`. Equal scores count as the expected value over random
+orders of the tied, so no system gains by being undecided. Intervals resample users, not lists.
+
+Baselines (`fit_baselines`) learn from the training period alone and are chosen by NDCG@10 over the whole catalogue on validation:
+    random, popularity    training counts
+    title-overlap         TF-IDF cosine of a title to those of the history, older ones weighing less
+    item-knn              cosine of co-occurrence with the items of the history, likewise
+    lightgcn              rewards.LightGCN, BPR; a user without training interactions is the mean of the history's items
+    sasrec                SASRec below
+
+Choices of ours: `--full` leaves out what the user had before the target, and gives the baselines the whole sequence before it; on
+lists they see what the language model sees, the last --history-length interactions.
 """
 
 import argparse
 import hashlib
+import itertools
 import json
+import math
 import random
+import re
 import sys
 import textwrap
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
 import data
 import policy
 import r2r
 from data import InputError, describe
-from rewards import hit_at_k, ndcg_at_k, reciprocal_rank
+from rewards import fit_lightgcn
 
-CUTOFFS = (5, 10, 20)
-
-
-def ranking(scores, seed=0):
-    """Indices by descending score; ties in a random order that follows from the seed."""
-    jitter = random.Random(seed)
-    return sorted(range(len(scores)), key=lambda i: (-float(scores[i]), jitter.random()))
+CUTOFFS = (1, 5, 10, 20)
+METRICS = [*(f"ndcg@{k}" for k in CUTOFFS), *(f"hr@{k}" for k in CUTOFFS), "mrr", "rank"]
 
 
-def list_metrics(scores, relevance, seed=0):
-    """All metrics of one list: {"ndcg@5": …, "hr@5": …, …, "mrr": …}."""
-    ranked = [relevance[i] for i in ranking(scores, seed)]
-    metrics = {f"ndcg@{k}": ndcg_at_k(ranked, k) for k in CUTOFFS}
-    return metrics | {f"hr@{k}": hit_at_k(ranked, k) for k in CUTOFFS} | {"mrr": reciprocal_rank(ranked)}
+# --- metrics --------------------------------------------------------------------------------------------------------------
 
 
-def interval(values, samples=2000, seed=0):
-    """{"mean", "low", "high"}: the mean over lists and its 95% percentile-bootstrap interval."""
-    values = torch.tensor(values, dtype=torch.float64)
-    draws = torch.randint(len(values), (samples, len(values)), generator=torch.Generator().manual_seed(seed))
-    low, high = torch.quantile(values[draws].mean(1), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return {"mean": values.mean().item(), "low": low, "high": high}
+def harmonic(n, known=[0.0]):
+    """1 + 1/2 + … + 1/n, looked up."""
+    while len(known) <= n:
+        known.append(known[-1] + 1 / len(known))
+    return known[n]
 
 
-def evaluate(scores, examples, seed=0):
+def expected_metrics(groups):
+    """The expected metrics of a ranking with ties, over all orders of the tied: {"ndcg@1": …, "hr@1": …, …, "mrr", "rank"}.
+
+    groups: (number of items, relevance of the relevant ones among them) for each distinct score, best first. `rank` is that of
+    the first relevant item. Of n tied items, m of them relevant, behind `start` others: each takes each place with
+    probability 1/n, and the first relevant one place start + j with P(j) = C(n - j, m - 1) / C(n, m).
+    """
+    dcg, hits, mrr, rank, start = Counter(), {}, 0.0, None, 0
+    for n, relevant in groups:
+        if relevant:
+            for k in CUTOFFS:
+                places = range(start + 1, min(start + n, k) + 1)
+                dcg[k] += sum(2.0**y - 1 for y in relevant) * sum(1 / math.log2(r + 1) for r in places) / n
+            if rank is None:
+                m = len(relevant)
+                rank = start + (n + 1) / (m + 1)
+                hits = {k: 1 - math.comb(n - min(n, max(0, k - start)), m) / math.comb(n, m) for k in CUTOFFS}
+                if m == 1:
+                    mrr = (harmonic(start + n) - harmonic(start)) / n
+                else:
+                    mrr = sum(math.comb(n - j, m - 1) / math.comb(n, m) / (start + j) for j in range(1, n - m + 2))
+        start += n
+    ideal = sorted((2.0**y - 1 for _, relevant in groups for y in relevant), reverse=True)
+    best = {k: sum(g / math.log2(r + 2) for r, g in enumerate(ideal[:k])) for k in CUTOFFS}
+    return {**{f"ndcg@{k}": dcg[k] / best[k] if best[k] else 0.0 for k in CUTOFFS}, **{f"hr@{k}": hits.get(k, 0.0) for k in CUTOFFS},
+            "mrr": mrr, "rank": float(start + 1 if rank is None else rank)}
+
+
+def list_metrics(scores, relevance):
+    """expected_metrics of one list: (K,) scores and relevance. Raises ValueError when a score is not a number."""
+    pairs = sorted(((float(s), float(y)) for s, y in zip(scores, relevance, strict=True)), key=lambda p: -p[0])
+    if any(math.isnan(s) for s, _ in pairs):
+        raise ValueError("a score is not a number")
+    groups = [[y for _, y in group] for _, group in itertools.groupby(pairs, key=lambda p: p[0])]
+    return expected_metrics([(len(g), [y for y in g if y > 0]) for g in groups])
+
+
+def intervals(columns, users=None, samples=2000, seed=0):
+    """{name: values of the lists (L,)} -> {name: {"mean", "low", "high"}}: 95% percentile bootstrap over users (None: one list each).
+
+    A user's lists are drawn together: two lists of one user are not independent.
+    """
+    names = list(columns)
+    values = torch.tensor([columns[n] for n in names], dtype=torch.float64).T  # (L, C)
+    users = range(len(values)) if users is None else users
+    number = {u: n for n, u in enumerate(dict.fromkeys(users))}
+    owner = torch.tensor([number[u] for u in users])
+    sums = torch.zeros(len(number), len(names), dtype=torch.float64).index_add_(0, owner, values)
+    sizes = torch.bincount(owner).double()
+    generator, means = torch.Generator().manual_seed(seed), []
+    for _ in range(0, samples, 100):
+        draws = torch.randint(len(number), (100, len(number)), generator=generator)
+        times = torch.zeros(draws.shape, dtype=torch.float64).scatter_add_(1, draws, torch.ones(draws.shape, dtype=torch.float64))
+        means.append((times @ sums) / (times @ sizes)[:, None])
+    low, high = torch.quantile(torch.cat(means), torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0).tolist()
+    return {n: {"mean": m, "low": a, "high": b} for n, m, a, b in zip(names, values.mean(0).tolist(), low, high)}
+
+
+def interval(values, users=None):
+    """intervals() of one column."""
+    return intervals({"": values}, users)[""]
+
+
+def evaluate(scores, examples):
     """scores: one (K,) sequence an example -> ({metric: interval}, {metric: [value a list]})."""
-    rows = [list_metrics(s, e.relevance, f"{seed}/{n}") for n, (s, e) in enumerate(zip(scores, examples))]
-    values = {name: [row[name] for row in rows] for name in rows[0]}
-    return {name: interval(v) for name, v in values.items()}, values
+    rows = [list_metrics(s, e.relevance) for s, e in zip(scores, examples, strict=True)]
+    values = {name: [row[name] for row in rows] for name in METRICS}
+    return intervals(values, [e.user for e in examples]), values
+
+
+def difference(a, b, users=None):
+    """The mean of a - b on the same lists, with its interval, as text."""
+    d = interval([x - y for x, y in zip(a, b, strict=True)], users)
+    return f"{d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
+
+
+def paired_differences(values, users):
+    """{system: {metric: values}} -> {"a - b": {metric: interval}} for each pair of systems, on the same lists."""
+    pairs = [(a, b) for b, a in itertools.combinations(values, 2)]
+    columns = {(a, b, m): [x - y for x, y in zip(values[a][m], values[b][m])] for a, b in pairs for m in METRICS}
+    result = intervals(columns, users) if columns else {}
+    return {f"{a} - {b}": {m: result[a, b, m] for m in METRICS} for a, b in pairs}
+
+
+def slices(values, examples, counts):
+    """Metrics by length of the history, and by training count of the positive (0: a cold item), for each system:
+    {"history" | "popularity": {bin: {"num_lists", "systems": {system: {metric: interval}}}}}."""
+    def bin_of(n, edges):
+        low = max(e for e in edges if e <= n)
+        high = next((e - 1 for e in edges if e > low), None)
+        return str(low) if high == low else f"{low}-{high}" if high else f"{low}+"
+
+    positive = [e.candidates[max(range(len(e.relevance)), key=e.relevance.__getitem__)].id for e in examples]
+    keys = {"history": [bin_of(len(e.history), (0, 1, 3, 5, 10)) for e in examples],
+            "popularity": ["0 (cold)" if not counts[i] else bin_of(counts[i], (1, 6, 21, 101)) for i in positive]}
+    result = {}
+    for name, bins in keys.items():
+        result[name] = {}
+        for key in sorted(set(bins), key=lambda b: int(re.match(r"\d+", b)[0])):
+            where = [n for n, b in enumerate(bins) if b == key]
+            found = intervals({(s, m): [v[m][n] for n in where] for s, v in values.items() for m in METRICS}, [examples[n].user for n in where])
+            result[name][key] = {"num_lists": len(where), "systems": {s: {m: found[s, m] for m in METRICS} for s in values}}
+    return result
+
+
+# --- rankers ----------------------------------------------------------------------------------------------------------------
 
 
 def random_scores(examples, seed=0):
@@ -67,7 +178,7 @@ def popularity_scores(examples, counts):
 def model_scores(model, tokenizer, score_head, examples, sampling, num_samples=1, micro_batch=32, reasoning=True, label="eval"):
     """Scores and rationales of a language model, a few lists at a time: [(scores (K,), rationales [K][num_samples])]."""
     results = []
-    rows = len(examples[0].candidates) * num_samples
+    rows = max(len(e.candidates) for e in examples) * num_samples
     size = max(1, sampling.max_rows // rows)
     with tqdm(total=len(examples), desc=label, unit="list", leave=False) as bar:
         for start in range(0, len(examples), size):
@@ -77,23 +188,279 @@ def model_scores(model, tokenizer, score_head, examples, sampling, num_samples=1
     return results
 
 
+def position_probe(score, examples, orders=5, seed=0):
+    """The same lists with their candidates in `orders` orders: does a score depend on the place? score: examples -> [scores (K,)].
+
+    Returns {"orders", "max_score_difference", "same_ranking": share of lists ranked the same in all orders, "ndcg@10": of each}.
+    """
+    results, ndcg = [], []
+    for order in range(orders):
+        permutations = [random.Random(f"{seed}/{order}/{n}").sample(range(len(e.candidates)), len(e.candidates)) if order
+                        else list(range(len(e.candidates))) for n, e in enumerate(examples)]
+        shuffled = [replace(e, candidates=[e.candidates[i] for i in p], relevance=[e.relevance[i] for i in p])
+                    for e, p in zip(examples, permutations)]
+        scores = [[float(x) for x in s] for s in score(shuffled)]
+        ndcg.append(sum(list_metrics(s, e.relevance)["ndcg@10"] for s, e in zip(scores, shuffled)) / len(examples))
+        results.append([[x for _, x in sorted(zip(p, s))] for s, p in zip(scores, permutations)])  # back in the first order
+    first = results[0]
+    rank = lambda s: sorted(range(len(s)), key=lambda i: (-s[i], i))
+    apart = max(abs(x - y) for r in results[1:] for a, b in zip(first, r) for x, y in zip(a, b))
+    same = sum(all(rank(r[n]) == rank(first[n]) for r in results) for n in range(len(examples)))
+    return {"orders": orders, "max_score_difference": apart, "same_ranking": same / len(examples), "ndcg@10": ndcg}
+
+
+# --- baselines ----------------------------------------------------------------------------------------------------------------
+# A baseline is a function (users, histories) -> scores (B, I) of the whole catalogue, in the order of dataset.item_ids; histories
+# are lists of item numbers, oldest first. Lists and the whole catalogue are ranked by the same scores.
+
+BASELINES = ("random", "popularity", "title-overlap", "item-knn", "lightgcn", "sasrec")
+DECAYS = (1.0, 0.9, 0.8, 0.6, 0.4)  # weight of an item relative to the one after it
+
+
+def history_weights(histories, num_items, decay):
+    """(I, B): the sum over a history's occurrences of an item of decay^(how many items came after)."""
+    entries = [(i, b, decay**age) for b, history in enumerate(histories) for age, i in enumerate(reversed(history))]
+    rows, columns, values = zip(*entries) if entries else ((), (), ())
+    where = torch.tensor(rows, dtype=torch.long), torch.tensor(columns, dtype=torch.long)
+    return torch.zeros(num_items, len(histories)).index_put_(where, torch.tensor(values), accumulate=True)
+
+
+def title_overlap(dataset):
+    """TF-IDF cosine: score_i = sum over the history of decay^age cos(title_i, title_h). tf = 1 + log count, idf = log(I / df)."""
+    words = [Counter(re.findall(r"\w+", item.title.lower())) for item in dataset.items.values()]
+    df = Counter(w for row in words for w in row)
+    column = {w: n for n, w in enumerate(df)}
+    entries = torch.tensor([(n, column[w], (1 + math.log(c)) * math.log(len(words) / df[w])) for n, row in enumerate(words) for w, c in row.items()],
+                           dtype=torch.float64).reshape(-1, 3)
+    norm = torch.zeros(len(words), dtype=torch.float64).index_add_(0, entries[:, 0].long(), entries[:, 2]**2).sqrt().clamp(min=1e-12)
+    tfidf = torch.sparse_coo_tensor(entries[:, :2].long().T, (entries[:, 2] / norm[entries[:, 0].long()]).float(),
+                                    (len(words), max(1, len(column))), check_invariants=True).coalesce()
+    transposed = tfidf.T.coalesce()
+    return lambda decay: lambda users, histories: torch.sparse.mm(tfidf, torch.sparse.mm(transposed, history_weights(histories, len(words), decay)))\
+        .T.contiguous()
+
+
+def item_knn(dataset, index):
+    """score_i = sum over the history, i itself apart, of decay^age cos(i, h); cos(i, j) = users of both / sqrt(users of i * users of j)."""
+    pairs = torch.tensor(sorted({(u, index[i]) for u, s in enumerate(dataset.training().values()) for i in s}))
+    count = torch.bincount(pairs[:, 1], minlength=len(index)).float()
+    scaled = torch.sparse_coo_tensor(pairs.T, count[pairs[:, 1]].rsqrt(), (int(pairs[:, 0].max()) + 1, len(index)),
+                                     check_invariants=True).coalesce()
+    transposed, known = scaled.T.coalesce(), (count > 0).float()[:, None]
+
+    def ranker(decay):
+        def score(users, histories):
+            weights = history_weights(histories, len(index), decay)  # (I, B)
+            return (torch.sparse.mm(transposed, torch.sparse.mm(scaled, weights)) - known * weights).T.contiguous()
+        return score
+    return ranker
+
+
+def lightgcn_scores(dataset, index, user_index, model):
+    with torch.no_grad():
+        users_matrix, items_matrix = model.propagate()
+
+    def score(users, histories):
+        rows = [users_matrix[user_index[u]] if u in user_index else items_matrix[h].mean(0) if h else items_matrix.new_zeros(items_matrix.shape[1])
+                for u, h in zip(users, histories)]
+        return torch.stack(rows) @ items_matrix.T
+    return score
+
+
+class SASRec(nn.Module):
+    """SASRec (Kang & McAuley 2018): a causal transformer over a user's items, whose states score the next item.
+
+    The score of an item is the state's product with that item's input embedding (tied). Inside, items count from 1 and 0 is
+    padding on the right: causality alone keeps padding out of every real position, so no padding mask is needed.
+    """
+
+    def __init__(self, num_items, dim=64, layers=2, heads=2, max_len=50, dropout=0.5):
+        super().__init__()
+        self.max_len = max_len
+        self.items = nn.Embedding(num_items + 1, dim, padding_idx=0)
+        self.positions = nn.Embedding(max_len, dim)
+        self.dropout = nn.Dropout(dropout)
+        block = nn.TransformerEncoderLayer(dim, heads, dim, dropout, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(block, layers, nn.LayerNorm(dim), enable_nested_tensor=False)
+        for weight in (self.items.weight, self.positions.weight, *(p for p in self.encoder.parameters() if p.dim() > 1)):
+            nn.init.normal_(weight, std=0.02)  # also makes the layers differ: TransformerEncoder starts them as copies
+        with torch.no_grad():
+            self.items.weight[0] = 0
+
+    def forward(self, sequences):
+        """sequences (B, T) long, T <= max_len -> hidden (B, T, D); the state at t has seen items 0..t."""
+        T = sequences.shape[1]
+        x = self.items(sequences) * self.items.embedding_dim**0.5 + self.positions.weight[:T]  # (B, T, D)
+        mask = nn.Transformer.generate_square_subsequent_mask(T, device=x.device, dtype=x.dtype)
+        return self.encoder(self.dropout(x), mask, is_causal=True)
+
+    @torch.no_grad()
+    def scores(self, histories):
+        """histories: lists of item indices 0..I-1, oldest first -> next-item scores (B, I); an empty history scores 0 all over."""
+        sequences, lengths = pad([[i + 1 for i in h[-self.max_len:]] for h in histories], self.items.weight.device)
+        hidden = self(sequences)[torch.arange(len(histories)), lengths.clamp(min=1) - 1]  # (B, D)
+        return (hidden * (lengths > 0)[:, None]) @ self.items.weight[1:].T
+
+
+def pad(rows, device):
+    """Lists of numbers -> (B, T) long, 0 on the right, T >= 1; and their lengths (B,)."""
+    T = max(1, max(map(len, rows), default=1))
+    return torch.tensor([r + [0] * (T - len(r)) for r in rows], device=device).view(-1, T), torch.tensor([len(r) for r in rows], device=device)
+
+
+def fit_sasrec(num_items, sequences, evaluate=None, epochs=100, lr=1e-3, num_negatives=1024, batch_size=256, seed=0, every=2,
+               patience=5, device="cpu", **sizes):
+    """Train a SASRec on sequences (lists of item indices 0..I-1, oldest first); returns it in eval mode.
+
+    evaluate: model -> float, higher is better, on *validation* targets; called `every` epochs, the best state is returned, and
+    training stops after `patience` calls without a better one. sizes: dim, layers, heads, max_len, dropout of SASRec.
+    The same seed gives the same model; the global random state is left as it was.
+
+    Deviations: 1. softmax over the target and `num_negatives` items, instead of a logistic loss with one negative; the
+    negatives are uniform, drawn without replacement and shared by the batch, and those of them that a user has in `sequences`
+    are masked for that user. 2. Batches hold sequences of similar length, cut to the longest.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sequences = [[i + 1 for i in s] for s in sequences if len(s) > 1]  # one item alone has no next item
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # for the weights and dropout
+        torch.manual_seed(seed)
+        model = SASRec(num_items, **sizes).to(device)
+        optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.98))
+        best, best_state, waited = -float("inf"), None, 0
+        bar = tqdm(range(1, epochs + 1), desc="SASRec", unit="epoch", leave=False)
+        for epoch in bar:
+            jitter = torch.rand(len(sequences), generator=generator).tolist()  # new batches every epoch, of like lengths
+            order = sorted(range(len(sequences)), key=lambda n: len(sequences[n]) + 2 * jitter[n])
+            batches = [order[b:b + batch_size] for b in range(0, len(order), batch_size)]
+            for b in torch.randperm(len(batches), generator=generator).tolist():
+                own = pad([sequences[n] for n in batches[b]], device)[0]  # (B, T'): all the user's items, for the mask
+                latest, lengths = pad([sequences[n][-model.max_len - 1:] for n in batches[b]], device)
+                inputs, targets = latest[:, :-1], latest[:, 1:]  # (B, T)
+                negatives = 1 + torch.randperm(num_items, generator=generator)[:num_negatives].to(device)  # (N,)
+                column = own.new_full((num_items + 1,), len(negatives)).index_put((negatives,), torch.arange(len(negatives), device=device))
+                seen = torch.zeros(len(own), len(negatives) + 1, dtype=torch.bool, device=device).scatter_(1, column[own], True)[:, :-1]
+                real = targets > 0
+                row = real.nonzero()[:, 0]  # (P,): the user of each of the P positions that have a target
+                hidden = model(inputs)[real]  # (P, D)
+                positive = (hidden * model.items(targets[real])).sum(1, keepdim=True)  # (P, 1)
+                negative = (hidden @ model.items(negatives).T).masked_fill(seen[row], -float("inf"))  # (P, N)
+                loss = F.cross_entropy(torch.cat([positive, negative], 1), torch.zeros_like(row))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            if evaluate is not None and epoch % every == 0:
+                value = evaluate(model.eval())
+                model.train()
+                bar.set_postfix(loss=f"{loss.item():.3f}", validation=f"{value:.4f}")
+                waited += 1
+                if value > best:
+                    best, best_state, waited = value, {k: v.clone() for k, v in model.state_dict().items()}, 0
+                if waited == patience:
+                    break
+    if best_state is not None:
+        model.load_state_dict(best_state)
+    return model.eval()
+
+
+def fit_baselines(dataset, names=BASELINES, seed=0, num_validation=2000):
+    """Train what there is to train, on the training period alone, chosen on validation: {name: ranker}; `random` needs none."""
+    index = {i: n for n, i in enumerate(dataset.item_ids)}
+    training = dataset.training()
+    if not training:
+        raise InputError(f"{dataset.name}: no interactions in the training period to learn baselines from")
+    targets = dataset.targets("validation", seed)[:num_validation] if dataset.splits["validation"] else []
+
+    def validate(ranker):
+        rows = full_ranking(dataset, ranker, targets)
+        return sum(row["ndcg@10"] for row in rows) / len(rows)
+
+    def best_decay(ranker):
+        return ranker(max(DECAYS, key=lambda d: validate(ranker(d))) if targets else 1.0)
+
+    rankers = {}
+    counts = dataset.popularity()
+    for name in tqdm(names, desc="baselines", unit="model", leave=False):
+        if name == "popularity":
+            row = torch.tensor([float(counts[i]) for i in dataset.item_ids])
+            rankers[name] = lambda users, histories: row.expand(len(users), -1)
+        elif name == "title-overlap":
+            rankers[name] = best_decay(title_overlap(dataset))
+        elif name == "item-knn":
+            rankers[name] = best_decay(item_knn(dataset, index))
+        elif name == "lightgcn":
+            user_index = {u: n for n, u in enumerate(training)}
+            pairs = torch.tensor([(user_index[u], index[i]) for u, s in training.items() for i in s])
+            scores_of = lambda model: lightgcn_scores(dataset, index, user_index, model)
+            rankers[name] = scores_of(fit_lightgcn(len(user_index), len(index), pairs, seed=seed,
+                                                   evaluate=(lambda m: validate(scores_of(m))) if targets else None))
+        elif name == "sasrec":
+            model = fit_sasrec(len(index), [[index[i] for i in s] for s in training.values()], seed=seed,
+                               evaluate=(lambda m: validate(lambda users, histories: m.scores(histories))) if targets else None)
+            rankers[name] = lambda users, histories: model.scores(histories)
+    return rankers
+
+
+def baseline_scores(dataset, ranker, examples, batch=256):
+    """A baseline's scores of lists: [(K,) …]."""
+    index = {i: n for n, i in enumerate(dataset.item_ids)}
+    scores = []
+    for start in range(0, len(examples), batch):
+        part = examples[start:start + batch]
+        rows = ranker([e.user for e in part], [[index[x.id] for x in e.history] for e in part])
+        scores += [row[[index[c.id] for c in e.candidates]] for row, e in zip(rows, part)]
+    return scores
+
+
+def full_ranking(dataset, ranker, targets, batch=256):
+    """expected_metrics of each target among all items but those that the user had before it."""
+    index = {i: n for n, i in enumerate(dataset.item_ids)}
+    rows = []
+    for start in range(0, len(targets), batch):
+        part = targets[start:start + batch]
+        pasts = [[index[x.item_id] for x in dataset.sequences[u][:p]] for u, p in part]
+        truth = torch.tensor([index[dataset.sequences[u][p].item_id] for u, p in part])
+        scores = ranker([u for u, _ in part], pasts).double()  # (B, I)
+        own = scores.gather(1, truth[:, None])
+        excluded = torch.zeros(scores.shape, dtype=torch.bool)
+        for b, past in enumerate(pasts):
+            excluded[b, past] = True
+        excluded.scatter_(1, truth[:, None], False)  # a repeated purchase is still a target
+        above, tied = (((scores > own) & ~excluded).sum(1).tolist(), ((scores == own) & ~excluded).sum(1).tolist())
+        rows += [expected_metrics([(a, []), (t, [1.0])]) for a, t in zip(above, tied)]
+    return rows
+
+
+# --- reports ----------------------------------------------------------------------------------------------------------------
+
+
+def ranking(scores, seed=0):
+    """Indices by descending score; ties in a random order that follows from the seed."""
+    jitter = random.Random(seed)
+    return sorted(range(len(scores)), key=lambda i: (-float(scores[i]), jitter.random()))
+
+
 def table(systems, metrics=("ndcg@10", "hr@10", "mrr")):
     """A printable table of {name: {metric: interval}}; the interval is shown for the first metric."""
-    lines = [f"{'system':<12} {metrics[0]:>8} {'95% interval':>16}" + "".join(f" {m:>8}" for m in metrics[1:])]
+    width = max(12, *map(len, systems))
+    lines = [f"{'system':<{width}} {metrics[0]:>8} {'95% interval':>16}" + "".join(f" {m:>8}" for m in metrics[1:])]
     for name, values in systems.items():
         first = values[metrics[0]]
-        lines.append(f"{name:<12} {first['mean']:8.3f}   [{first['low']:.3f}, {first['high']:.3f}]"
+        lines.append(f"{name:<{width}} {first['mean']:8.3f}   [{first['low']:.3f}, {first['high']:.3f}]"
                      + "".join(f" {values[m]['mean']:8.3f}" for m in metrics[1:]))
     return "\n".join(lines)
 
 
-def difference(a, b):
-    """The mean of a - b on the same lists, with its interval, as text."""
-    d = interval([x - y for x, y in zip(a, b)])
-    return f"{d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
+def slice_table(dimensions, metric="ndcg@10"):
+    lines = []
+    for dimension, bins in dimensions.items():
+        names = list(next(iter(bins.values()))["systems"])
+        lines.append(f"\n{metric} by {'length of the history' if dimension == 'history' else 'training count of the positive'}\n"
+                     f"{'':>10} {'lists':>6} " + " ".join(f"{n:>13}" for n in names))
+        lines += [f"{key:>10} {b['num_lists']:6d} " + " ".join(f"{b['systems'][n][metric]['mean']:13.3f}" for n in names) for key, b in bins.items()]
+    return "\n".join(lines)
 
 
-def write_eval(path, name, examples, systems, keep_other_systems=False):
+def write_eval(path, name, examples, systems, keep_other_systems=False, **more):
     """Write eval.json. With keep_other_systems, systems that an earlier file holds on the very same lists stay in it."""
     path = Path(path)
     ids = [(e.user, [h.id for h in e.history], [c.id for c in e.candidates]) for e in examples]
@@ -102,9 +469,27 @@ def write_eval(path, name, examples, systems, keep_other_systems=False):
         earlier = json.loads(path.read_text())
         if (earlier["data"], earlier["lists"]) == (name, lists):
             systems = earlier["systems"] | systems
-    report = {"data": name, "num_lists": len(examples), "lists": lists, "systems": systems}
+    report = {"data": name, "num_lists": len(examples), "lists": lists, "systems": systems, **more}
     path.write_text(json.dumps(report, indent=1) + "\n")
     return systems
+
+
+def save_predictions(path, examples, scores):
+    """Ranked lists in TREC format, `query Q0 item rank score system` a line, and the judgements in PATH.qrels.
+
+    scores: {system: [(K,) …]}. A query is named LINE/USER: its line in the file of --save-candidates, and the user. White space in
+    names becomes `_`. Tied scores are written in random order, with their true, equal scores.
+    """
+    name = lambda text: re.sub(r"\s", "_", str(text)) or "_"
+    queries = [f"{n}/{name(e.user)}" for n, e in enumerate(examples, start=1)]
+    with open(path, "w", encoding="utf-8") as f:
+        for system, lists in scores.items():
+            for n, (query, e, s) in enumerate(zip(queries, examples, lists)):
+                for rank, i in enumerate(ranking(s, n), start=1):
+                    f.write(f"{query} Q0 {name(e.candidates[i].id)} {rank} {float(s[i])!r} {name(system)}\n")
+    with open(f"{path}.qrels", "w", encoding="utf-8") as f:
+        for query, e in zip(queries, examples):
+            f.writelines(f"{query} 0 {name(c.id)} {y:g}\n" for c, y in zip(e.candidates, e.relevance))
 
 
 def explain(examples, results, count):
@@ -149,10 +534,23 @@ def positive(kind=int, zero=False):
 def add_common_flags(parser):
     """Flags that train.py and eval.py share, in groups."""
     g = parser.add_argument_group("data")
-    g.add_argument("--data", default="toy", help="toy, or a folder with NAME.inter and NAME.item (default: toy)")
-    g.add_argument("--split", choices=("temporal", "leave-one-out"), help="default: leave-one-out for folders; the toy's users are apart")
+    g.add_argument("--data", default="toy", help=f"toy; {', '.join(data.AMAZON_2014)} (Amazon 2014); amazon2023:CATEGORY; ml-100k; ml-1m; or a "
+                   "folder with NAME.inter and NAME.item (toy)")
+    g.add_argument("--split", choices=("temporal", "leave-one-out"), help="temporal: 80/10/10 by time, the default of Amazon 2023 and MovieLens; "
+                   "leave-one-out: the default of Amazon 2014 and folders; the toy's users are apart")
     g.add_argument("--num-candidates", type=positive(), default=20, metavar="K", help="candidates a list, one of them the positive (20)")
+    g.add_argument("--negatives", choices=data.NEGATIVES, default="uniform", help="drawn uniformly, by popularity, or from the positive's category (uniform)")
     g.add_argument("--history-length", type=positive(), default=10, metavar="N", help="latest interactions shown (10)")
+    g.add_argument("--candidates", metavar="FILE", help="evaluate on the lists of this JSONL: user, history, candidates (item ids), relevance")
+    g.add_argument("--save-candidates", metavar="FILE", help="write the evaluated lists as such a JSONL")
+    g.add_argument("--cache-dir", metavar="DIR", help=f"for downloads and parsed files ({data.DEFAULT_CACHE})")
+    g.add_argument("--mirror", metavar="URL", help="download from here instead of the official places")
+    g.add_argument("--skip-bad-lines", action="store_true", help="count and report lines that cannot be read, instead of stopping there")
+    g.add_argument("--since", metavar="DATE", help="drop earlier interactions, such as those before 2021-06-30")
+    g.add_argument("--until", metavar="DATE", help="drop interactions of this day and later")
+    g.add_argument("--core", type=positive(), default=0, metavar="N", help="then keep only users and items with N interactions, again and again")
+    g.add_argument("--require", type=lambda text: text.split(","), default=[], metavar="FIELDS", help="drop items whose Amazon metadata lack one of these, "
+                   "such as title,description")
     g = parser.add_argument_group("model")
     g.add_argument("--model", default="tiny", help="tiny, a local directory, a hub id, or a bare name such as Qwen2.5-1.5B (tiny)")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (auto)")
@@ -180,11 +578,24 @@ def check_common_flags(args):
         raise InputError("--num-candidates: a list to rank needs at least 2")
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    policy.resolve(args.model)
-    dataset = data.load(args.data, args.split, args.seed)
+    if args.model:
+        policy.resolve(args.model)
+    dataset = data.load(args.data, args.split, args.seed, args.negatives, args.cache_dir, args.mirror, args.skip_bad_lines, args.since,
+                        args.until, args.core, args.require)
     if args.num_candidates > len(dataset.items):
         raise InputError(f"--num-candidates {args.num_candidates}: {dataset.name} has only {len(dataset.items)} items")
     return dataset, device, dtype
+
+
+def test_lists(dataset, args, num_lists):
+    """The lists to evaluate on: those of --candidates, or seeded ones of the test split; written to --save-candidates."""
+    if args.candidates:
+        examples = data.read_lists(args.candidates, dataset.items)[:num_lists]
+    else:
+        examples = dataset.examples("test", num_lists, args.num_candidates, args.history_length, args.seed)
+    if args.save_candidates:
+        data.save_lists(args.save_candidates, examples)
+    return examples
 
 
 def fill_model_defaults(args, model):
@@ -211,9 +622,17 @@ def run_main(main):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_flags(parser)
-    parser.add_argument("--run", metavar="DIR", help="a run directory of train.py; its flags are the defaults here")
-    parser.add_argument("--explain", type=positive(), metavar="N", help="print N lists with scores and rationales")
-    parser.add_argument("--out", metavar="FILE", help="default: eval.json in the run directory, or in the current one")
+    parser.set_defaults(model=None)
+    g = parser.add_argument_group("what to evaluate, and how to report it")
+    g.add_argument("--run", metavar="DIR", help="a run directory of train.py; its flags are the defaults here")
+    g.add_argument("--baselines", nargs="*", choices=BASELINES, metavar="NAME", help=f"also evaluate {', '.join(BASELINES)} (all, where none is named); "
+                   "with neither --run nor --model, only these, on all test lists")
+    g.add_argument("--full", action="store_true", help="the baselines rank the whole catalogue, for every test interaction")
+    g.add_argument("--slices", action="store_true", help="print NDCG@10 by length of the history and by popularity of the positive")
+    g.add_argument("--probe-orders", type=positive(), metavar="N", help="score the same lists with their candidates in N orders, and compare")
+    g.add_argument("--save-predictions", metavar="FILE", help="write ranked lists of all systems in TREC run format, judgements in FILE.qrels")
+    g.add_argument("--explain", type=positive(), metavar="N", help="print N lists with scores and rationales")
+    g.add_argument("--out", metavar="FILE", help="default: eval.json in the run directory, or in the current one")
     args = parser.parse_args()
     if args.run:
         config = Path(args.run) / "config.json"
@@ -222,31 +641,90 @@ def main():
         if not (Path(args.run) / "checkpoint" / "config.json").exists():
             raise InputError(f"--run {args.run}: it holds no checkpoint yet; the run has not finished")
         flags = json.loads(config.read_text())["flags"]
-        parser.set_defaults(**{k: v for k, v in flags.items() if k in vars(args) and k not in ("device", "dtype", "out")})
+        kept = ("device", "dtype", "out", "save_candidates")
+        parser.set_defaults(**{k: v for k, v in flags.items() if k in vars(args) and k not in kept})
         args = parser.parse_args()
         args.model = str(Path(args.run) / "checkpoint")
+    baselines = None if args.baselines is None else args.baselines or list(BASELINES)
+    if args.full and (args.run or args.model or not baselines):
+        raise InputError("--full is for baselines alone: add --baselines, and leave out --run and --model")
+    if args.full and (args.candidates or args.save_candidates or args.save_predictions):
+        raise InputError("--full ranks the whole catalogue; it goes with neither --candidates, --save-candidates nor --save-predictions")
+    if not (args.run or args.model or baselines):
+        args.model = "tiny"
+    if not args.model and (args.probe_orders or args.explain):
+        raise InputError("--probe-orders and --explain look at a language model: add --run or --model")
     out = Path(args.out) if args.out else Path(args.run or ".") / "eval.json"
     dataset, device, dtype = check_common_flags(args)
-    dataset.examples("test", 1, args.num_candidates, args.history_length, args.seed)  # bad lists are an error before any model
-    if args.run:
-        model, tokenizer, score_head = r2r.load_checkpoint(args.model, device, dtype)
-    else:
-        model, tokenizer = policy.load(args.model, device, dtype, dataset.texts(), args.seed)
-        path = Path(args.model).expanduser() / "score_head.safetensors"
-        score_head = r2r.ScoreHead.load(path).to(device) if path.exists() else None
-    fill_model_defaults(args, model)
-    reasoning = score_head.reasoning if score_head else not args.no_reasoning
-    examples = dataset.examples("test", args.eval_lists, args.num_candidates, args.history_length, args.seed)
-    torch.manual_seed(args.seed)
-    results = model_scores(model, tokenizer, score_head, examples, sampling_of(args), args.eval_samples, args.micro_batch, reasoning)
-    systems = {"random": random_scores(examples, args.seed), "popularity": popularity_scores(examples, dataset.popularity()),
-               "rl" if score_head else "zero-shot": [scores for scores, _ in results]}
-    systems = {name: evaluate(scores, examples, args.seed)[0] for name, scores in systems.items()}
-    systems = write_eval(out, dataset.name, examples, systems, keep_other_systems=bool(args.run))
+    if args.full:
+        return evaluate_full(dataset, args, baselines, out)
+    if not args.candidates:
+        dataset.examples("test", 1, args.num_candidates, args.history_length, args.seed)  # bad lists are an error before any model
+    if args.model:
+        if args.run:
+            model, tokenizer, score_head = r2r.load_checkpoint(args.model, device, dtype)
+        else:
+            model, tokenizer = policy.load(args.model, device, dtype, dataset.texts(), args.seed)
+            path = Path(args.model).expanduser() / "score_head.safetensors"
+            score_head = r2r.ScoreHead.load(path).to(device) if path.exists() else None
+        fill_model_defaults(args, model)
+        reasoning = score_head.reasoning if score_head else not args.no_reasoning
+    examples = test_lists(dataset, args, args.eval_lists)
+    counts = dataset.popularity()
+    scores = {"random": random_scores(examples, args.seed), "popularity": popularity_scores(examples, counts)}
+    more = {}
+    if baselines:
+        rankers = fit_baselines(dataset, baselines, args.seed)
+        scores |= {name: baseline_scores(dataset, ranker, examples) for name, ranker in rankers.items()}
+    if args.model:
+        def score(lists, label="eval"):
+            torch.manual_seed(args.seed)
+            return model_scores(model, tokenizer, score_head, lists, sampling_of(args), args.eval_samples, args.micro_batch, reasoning, label)
+
+        name, results = "rl" if score_head else "zero-shot", score(examples)
+        scores[name] = [s for s, _ in results]
+        if args.probe_orders:
+            more["position_probe"] = {name: position_probe(lambda lists: [s for s, _ in score(lists, "probe")], examples, args.probe_orders, args.seed)}
+    evaluated = {name: evaluate(s, examples) for name, s in scores.items()}
+    values, users = {name: v for name, (_, v) in evaluated.items()}, [e.user for e in examples]
+    more |= {"differences": paired_differences(values, users), "slices": slices(values, examples, counts)}
+    systems = write_eval(out, dataset.name, examples, {name: s for name, (s, _) in evaluated.items()}, bool(args.run), **more)
+    if args.save_predictions:
+        save_predictions(args.save_predictions, examples, scores)
     if args.explain:
         explain(examples, results, args.explain)
         print()
-    print(f"{dataset.name}: {len(examples)} test lists of {args.num_candidates} candidates\n{table(systems)}\nwritten to {out}")
+    print(f"{dataset.name}: {len(examples)} test lists of {len(examples[0].candidates)} candidates\n"
+          f"{table(systems, ('ndcg@10', 'hr@1', 'hr@5', 'hr@10', 'mrr', 'rank'))}")
+    last = list(values)[-1]
+    if baselines and len(values) > 2:
+        for other in list(values)[:-1]:
+            print(f"{last} - {other}, paired: {difference(values[last]['ndcg@10'], values[other]['ndcg@10'], users)} NDCG@10")
+    if args.slices:
+        print(slice_table(more["slices"]))
+    for name, probe in more.get("position_probe", {}).items():
+        print(f"{name}, candidates in {probe['orders']} orders: scores differ by at most {probe['max_score_difference']:.1e}, "
+              f"{100 * probe['same_ranking']:.1f}% of the lists are ranked the same; NDCG@10 {min(probe['ndcg@10']):.3f} to {max(probe['ndcg@10']):.3f}")
+    print(f"written to {out}")
+
+
+def evaluate_full(dataset, args, baselines, out):
+    """--full: the baselines rank the whole catalogue."""
+    targets = dataset.targets("test", args.seed)[:args.eval_lists]
+    users, values = [u for u, _ in targets], {}
+    rankers = {name: ranker for name, ranker in fit_baselines(dataset, baselines, args.seed).items()}
+    if "random" in baselines:
+        generator = torch.Generator().manual_seed(args.seed)
+        rankers = {"random": lambda users, histories: torch.rand(len(users), len(dataset.items), generator=generator)} | rankers
+    for name, ranker in rankers.items():
+        rows = full_ranking(dataset, ranker, targets)
+        values[name] = {m: [row[m] for row in rows] for m in METRICS}
+    systems = {name: intervals(v, users) for name, v in values.items()}
+    report = {"data": dataset.name, "num_targets": len(targets), "num_items": len(dataset.items), "full": systems,
+              "differences": paired_differences(values, users)}
+    out.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"{dataset.name}: {len(targets)} test interactions, each ranked among {len(dataset.items)} items\n"
+          f"{table(systems, ('ndcg@10', 'hr@1', 'hr@5', 'hr@10', 'hr@20', 'mrr', 'rank'))}\nwritten to {out}")
 
 
 if __name__ == "__main__":

@@ -392,7 +392,7 @@ def main():
           f"{' / '.join(str(len(dataset.splits[s])) for s in ('train', 'validation', 'test'))} examples in train / validation / test\n"
           f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {dtype} on {device}")
 
-    examples = dataset.examples("test", args.eval_lists, args.num_candidates, args.history_length, args.seed)
+    examples = evaluation.test_lists(dataset, args, args.eval_lists)
     scores = {"random": evaluation.random_scores(examples, args.seed),
               "popularity": evaluation.popularity_scores(examples, dataset.popularity())}
 
@@ -421,9 +421,9 @@ def main():
     save_checkpoint(checkpoint, model, tokenizer, score_head)
     score_test("rl", score_head)
 
-    results = {name: evaluation.evaluate(s, examples, args.seed) for name, s in scores.items()}
+    results = {name: evaluation.evaluate(s, examples) for name, s in scores.items()}
     systems = evaluation.write_eval(out / "eval.json", dataset.name, examples, {name: r[0] for name, r in results.items()})
-    gain = evaluation.difference(results["rl"][1]["ndcg@10"], results[before][1]["ndcg@10"])
+    gain = evaluation.difference(results["rl"][1]["ndcg@10"], results[before][1]["ndcg@10"], [e.user for e in examples])
     print(f"\n{len(examples)} held-out lists of {args.num_candidates} candidates\n{evaluation.table(systems)}\n"
           f"rl - {before}, paired: {gain} NDCG@10\n{time.perf_counter() - started:.0f} s in all; everything is in {out}")
 
