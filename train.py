@@ -1,7 +1,7 @@
 """Train a language model to rank by reasoning: R2Rank (r2r.py), from cold start to table.
 
     python train.py                                                     the toy shop and a tiny model, on a laptop
-    python train.py --model Qwen2.5-1.5B --data path/to/NAME            one GPU; bfloat16 weights, float32 optimiser
+    python train.py --model Qwen2.5-1.5B --data beauty                  one GPU; bfloat16 weights, float32 optimiser
     python train.py --model tiny --no-reasoning                         the control: no rationale, the head reads the prompt
 
 Stages, in the order of the file:
