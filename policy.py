@@ -19,7 +19,11 @@ are put aside while sampling and saved again with the checkpoint.
 """
 
 import contextlib
+import hashlib
+import json
+import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,14 +103,14 @@ def checkpoint_activations(model):
 
 
 def build_tiny(texts, seed=0, vocab_size=2000, hidden_size=192, num_layers=2, num_heads=6):
-    """A randomly initialised small Qwen2 (about 1M parameters) with a byte-level BPE tokenizer trained on `texts`; seconds.
+    """A randomly initialised small Llama (about 1M parameters) with a byte-level BPE tokenizer trained on `texts`; seconds.
 
     Two choices make so small a model learn to look things up within some hundred steps instead of thousands: weights of the
     scale 1/sqrt(width), and key projections that start equal to the query projections, so that from the start a token attends
-    to its like.
+    to its like. (Not a Qwen2: for those, AutoTokenizer puts Qwen's own splitting of digits in the place of what was saved.)
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -119,7 +123,7 @@ def build_tiny(texts, seed=0, vocab_size=2000, hidden_size=192, num_layers=2, nu
     tokenizer.chat_template = CHATML
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2ForCausalLM(Qwen2Config(
+        model = LlamaForCausalLM(LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=3 * hidden_size, num_hidden_layers=num_layers,
             num_attention_heads=num_heads, num_key_value_heads=num_heads, max_position_embeddings=4096, tie_word_embeddings=True,
             initializer_range=0.85 * hidden_size**-0.5, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
@@ -127,6 +131,70 @@ def build_tiny(texts, seed=0, vocab_size=2000, hidden_size=192, num_layers=2, nu
         for layer in model.model.layers:
             layer.self_attn.k_proj.load_state_dict(layer.self_attn.q_proj.state_dict())
     return model, tokenizer
+
+
+# --- saving ----------------------------------------------------------------------------------------------------------
+
+CHECKSUMS = "checksums.json"
+
+
+def save_directory(folder, write):
+    """write(a temporary folder) puts files there; they are checksummed, flushed to the disk, and only then take `folder`'s name.
+
+    So a folder of that name is complete, whenever the process is killed. Raises InputError naming what could not be written.
+    """
+    folder = Path(folder)
+    temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write(temporary)
+        files = sorted(p for p in temporary.rglob("*") if p.is_file())
+        (temporary / CHECKSUMS).write_text(json.dumps({str(p.relative_to(temporary)): _sha256(p) for p in files}, indent=1) + "\n")
+        for path in [*files, temporary / CHECKSUMS, temporary]:
+            _flush(path)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        temporary.rename(folder)
+        _flush(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(temporary)
+        raise InputError(f"{folder}: it cannot be saved ({error}). What was saved before is untouched") from None
+
+
+def verify_directory(folder):
+    """Compare a folder's files with the checksums that save_directory left. Raises InputError naming the first one that differs."""
+    listing = Path(folder) / CHECKSUMS
+    if not listing.exists():
+        return  # not from save_directory: nothing to compare with
+    try:
+        expected = json.loads(listing.read_text())
+        for name, checksum in expected.items():
+            if not (Path(folder) / name).is_file():
+                raise InputError(f"{Path(folder) / name}: it is missing")
+            if _sha256(Path(folder) / name) != checksum:
+                raise InputError(f"{Path(folder) / name}: it is damaged (its checksum differs from {CHECKSUMS})")
+    except (OSError, ValueError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{listing}: cannot be read ({error})") from None
+
+
+def _sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(f.read()).hexdigest()
+
+
+def _flush(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some file systems refuse this for folders
+            os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 # --- prompts as ids --------------------------------------------------------------------------------------------------

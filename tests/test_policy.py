@@ -328,3 +328,15 @@ def test_llama_architecture_too(tokenizer, prompts):
     responses = [r for (r,) in samples[0]]
     a, b = (policy.token_logprobs(llama, p.prefix_ids, p.suffix_ids, responses, share_prefix=s)[0] for s in (True, False))
     torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_a_saved_model_reads_as_it_did(model, tokenizer, tmp_path):
+    """Tokens and logits of text with digits, markup and other scripts, after saving and loading by the Auto classes."""
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded, again = policy.load(str(tmp_path))
+    for text in ("brand Isolde 1, kind mask 12, scent mint 0.\n<answer>no</answer>", "3 days ago: Café 2000 (rated 4.5)", "日本 <|im_end|>\n\n"):
+        ids = tokenizer(text).input_ids
+        assert again(text).input_ids == ids
+        assert torch.equal(loaded(torch.tensor([ids])).logits, model(torch.tensor([ids])).logits)
+    assert policy.stop_ids(loaded, again) == policy.stop_ids(model, tokenizer)
