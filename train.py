@@ -10,22 +10,32 @@ Stages, in the order of the file:
     3. RL           rollout -> scores -> credit -> update (`--steps`)
     4. evaluation   on held-out lists, before and after RL
 A run directory holds config.json (flags, versions), metrics.jsonl (an object a step), checkpoint/ (a Hugging Face directory and
-score_head.safetensors) and eval.json.
+score_head.safetensors) and eval.json; until the run has finished, also states/, from which
+
+    python train.py --resume runs/beauty-Qwen2.5-1.5B                   goes on as if nothing had happened
 
 Deviation: the optimiser is AdamW (0.9, 0.95) with a constant rate after 5% linear warm-up, without weight decay on any parameter.
 """
 
 import argparse
+import contextlib
 import copy
+import gc
 import importlib.metadata
 import json
+import math
+import os
 import platform
 import random
 import shutil
+import signal as signals
+import sys
 import time
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
@@ -64,8 +74,41 @@ def parse_flags():
     g = parser.add_argument_group("output")
     g.add_argument("--out", metavar="DIR", help="run directory (runs/DATA-MODEL, numbered when taken)")
     g.add_argument("--overwrite", action="store_true", help="replace an existing --out")
-    g.add_argument("--save-every", type=positive(), default=50, metavar="N", help="RL steps between checkpoints (50)")
-    return parser.parse_args()
+    g.add_argument("--resume", metavar="DIR", help="go on with the run in DIR, with the flags it has")
+    g.add_argument("--save-every", type=positive(), default=50, metavar="N", help="steps between saved states (50)")
+    g.add_argument("--keep", type=positive(), default=1, metavar="N", help="saved states to keep (1)")
+    args = parser.parse_args()
+    return resumed_flags(parser, args) if args.resume else args
+
+
+MAY_CHANGE = ("device", "micro_batch", "rollout_rows", "save_every", "keep", "cache_dir", "mirror")  # on --resume; the rest has a meaning
+
+
+def resumed_flags(parser, args):
+    """The flags of the run in args.resume. Raises InputError where the command line asks for something else."""
+    try:
+        config = json.loads((Path(args.resume) / "config.json").read_text())
+        recorded = config["flags"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--resume {args.resume}: there is no readable config.json of a run ({error})") from None
+    given = vars(args)
+    parser.set_defaults(**{k: v for k, v in recorded.items() if k in given})
+    args = parser.parse_args()
+    changed = {k: (v, getattr(args, k)) for k, v in recorded.items()
+               if k not in ("out", "resume", "overwrite") and k in given and getattr(args, k) != v}
+    refused = [f"--{k.replace('_', '-')} {old} -> {new}" for k, (old, new) in changed.items() if k not in MAY_CHANGE]
+    if refused:
+        raise InputError(f"--resume {args.resume}: this would make it another run: {', '.join(refused)}. Leave these out, or start a new run")
+    for name, (old, new) in changed.items():
+        print(f"resumed with --{name.replace('_', '-')} {new} instead of {old}")
+    for name, old in config["versions"].items():
+        now = platform.python_version() if name == "python" else importlib.metadata.version(name)
+        if now != old:
+            print(f"note: the run was started with {name} {old}, this is {now}: results may differ in the last digits")
+    if args.overwrite:
+        raise InputError("--overwrite would delete what --resume goes on with; drop one of the two")
+    args.out = args.resume
+    return args
 
 
 class Optimizer:
@@ -99,9 +142,15 @@ class Optimizer:
         return move
 
     def step(self, rate=1.0, max_norm=1.0):
-        """Clip, step with the learning rates times `rate`, clear the gradients. Returns the gradient norm before clipping."""
+        """Clip, step with the learning rates times `rate`, clear the gradients. Returns the gradient norm before clipping.
+
+        Gradients that are not finite are thrown away: the weights stay as they are.
+        """
         parameters = [p for g in self.adamw.param_groups for p in g["params"]]
         norm = clip_grad_norm_(parameters, max_norm).item()
+        if not math.isfinite(norm):
+            self.clear()
+            return norm
         for group, base in zip(self.adamw.param_groups, self.base_rates):
             group["lr"] = base * rate
         self.adamw.step()
@@ -111,23 +160,227 @@ class Optimizer:
                 p.copy_(master)
         return norm
 
+    def tensors(self):
+        """Everything that a resumed optimizer needs: {name: tensor}."""
+        state = self.adamw.state_dict()["state"]
+        return ({f"adamw.{n}.{k}": v for n, values in state.items() for k, v in values.items()}
+                | {f"master.{n}": master.detach() for n, (_, master) in enumerate(self.pairs)})
+
+    def load(self, tensors):
+        state = {}
+        for name, tensor in tensors.items():
+            kind, n, *key = name.split(".")
+            if kind == "adamw":
+                state.setdefault(int(n), {})[key[0]] = tensor
+            elif kind == "master":
+                with torch.no_grad():
+                    self.pairs[int(n)][1].copy_(tensor)
+        self.adamw.load_state_dict({"state": state, "param_groups": self.adamw.state_dict()["param_groups"]})
+
+    def clear(self):
+        """Forget all gradients, also those of an attempt that failed half way."""
+        self.adamw.zero_grad()
+        for p, _ in self.pairs:
+            p.grad = None
+
     def close(self):
         for handle in self.handles:
             handle.remove()
 
 
-class Log:
-    """metrics.jsonl, and one short line in the terminal every few steps."""
+class Run:
+    """The run directory while a run works in it: its lock, its log, its states, and what a signal does.
 
-    def __init__(self, path):
-        self.file = open(path, "w")
+    A state, `states/1-sft-000400` or `states/2-rl-000050`, is a checkpoint with training.safetensors (optimizer, random states) and
+    training.json (how much of each stream was drawn, how long the log was, earlier results) beside it. Whatever came after the
+    last state is computed again, and the log is cut back to it: the same numbers come out.
+    """
 
-    def __call__(self, stage, step, values, line=None):
+    STAGES = {"sft": 1, "rl": 2}
+    PATIENCE = 3  # steps in a row that may fail to be finite
+
+    def __init__(self, folder, args):
+        self.folder, self.args = folder, args
+        self.model = self.tokenizer = self.score_head = None
+        self.streams, self.generators, self.results = {}, {}, {}
+        self.stage, self.step, self.tensors, self.record = None, 0, {}, {}
+        self.in_step = self.stopping = False
+        self.failures = 0
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(folder / ".lock", "w")
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be written ({error})") from None
+        with contextlib.suppress(ImportError):  # Windows has no fcntl
+            import fcntl
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"{folder}: another run is at work in this directory; choose another --out") from None
+
+    def clear(self):
+        for path in self.folder.iterdir():
+            if path.name != ".lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def newest_state(self):
+        """The folder of the last state, or None."""
+        states = sorted((self.folder / "states").glob("[12]-*-[0-9]*"))
+        return next((s for s in reversed(states) if s.suffix == ""), None)
+
+    def open_state(self, state):
+        """Read a state's record. Raises InputError naming the damaged file."""
+        try:
+            policy.verify_directory(state)
+            self.record = json.loads((state / "training.json").read_text())
+            self.tensors = load_file(state / "training.safetensors")
+        except (InputError, OSError, ValueError, SafetensorError) as error:
+            others = sorted(p.name for p in state.parent.iterdir() if p != state and p.suffix == "")
+            raise InputError(f"{error}. Delete {state} to resume from "
+                             f"{others[-1] if others else 'the beginning (no other state was kept; see --keep)'}") from None
+        self.stage, self.step, self.results = self.record["stage"], self.record["step"], self.record["results"]
+
+    def open_log(self):
+        path = self.folder / "metrics.jsonl"
+        self.file = open(path, "r+" if self.record and path.exists() else "w")
+        self.file.truncate(self.record.get("log_bytes", 0))
+        self.file.seek(0, os.SEEK_END)
+
+    def log(self, stage, step, values, line=None):
+        """A line of metrics.jsonl and, sometimes, one in the terminal."""
         rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
         self.file.write(json.dumps({"stage": stage, "step": step, **rounded}) + "\n")
         self.file.flush()
         if line:
             tqdm.write(line)
+
+    def stream(self, name, iterator):
+        """The iterator, counted; where a state was opened, without what had been drawn from it."""
+        self.streams[name] = counted = Counted(iterator)
+        for _ in range(self.record.get("drawn", {}).get(name, 0)):
+            next(counted)
+        return counted
+
+    def steps(self, stage, total, optimizer, label):
+        """A progress bar over the steps of a stage that are left. Restores the optimizer and the random states where a state was opened."""
+        first = 0
+        if self.stage == stage:
+            first = self.step
+            optimizer.load({k: v for k, v in self.tensors.items() if k.startswith(("adamw.", "master."))})
+            torch.set_rng_state(self.tensors["random.torch"])
+            for name, generator in self.generators.items():
+                generator.set_state(self.tensors[f"random.{name}"])
+            if torch.cuda.is_available() and "random.cuda" in self.tensors:
+                torch.cuda.set_rng_state(self.tensors["random.cuda"])
+            self.tensors = {}
+        bar = tqdm(range(first + 1, total + 1), desc=label, unit="step", initial=first, total=total)
+        for step in bar:
+            self.in_step = True
+            yield step, bar
+            if step % self.args.save_every == 0 or step == total or self.stopping:
+                self.save(stage, step, optimizer)
+            self.in_step = False
+            if self.stopping:
+                raise KeyboardInterrupt
+
+    def save(self, stage, step, optimizer):
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        record = {"stage": stage, "step": step, "log_bytes": self.file.tell(), "results": self.results,
+                  "drawn": {name: s.drawn for name, s in self.streams.items()}}
+        tensors = {**optimizer.tensors(), "random.torch": torch.get_rng_state(), **{f"random.{n}": g.get_state() for n, g in self.generators.items()}}
+        if torch.cuda.is_available():
+            tensors["random.cuda"] = torch.cuda.get_rng_state()
+
+        def write(folder):
+            self.write_checkpoint(folder)
+            save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "training.safetensors")
+            (folder / "training.json").write_text(json.dumps(record))
+
+        policy.save_directory(self.folder / "states" / f"{self.STAGES[stage]}-{stage}-{step:06d}", write)
+        states = sorted(p for p in (self.folder / "states").iterdir() if p.suffix == "")
+        for old in states[:-self.args.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def write_checkpoint(self, folder):
+        """An ordinary Hugging Face directory with the score head beside the weights."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        if self.score_head is not None:
+            self.score_head.save(folder / "score_head.safetensors")
+
+    def finish(self):
+        policy.save_directory(self.folder / "checkpoint", self.write_checkpoint)
+
+    def check_finite(self, finite, batch):
+        """Counts steps without a finite gradient; the third in a row stops the run and leaves its batch for inspection."""
+        self.failures = 0 if finite else self.failures + 1
+        if not finite:
+            tqdm.write("a loss, reward or gradient was not finite: this step changes nothing")
+        if self.failures == self.PATIENCE:
+            path = self.folder / "bad-batch.json"
+            path.write_text(json.dumps(batch) + "\n")
+            raise InputError(f"{self.PATIENCE} steps in a row had a loss, reward or gradient that was not finite; their last batch is in {path}. "
+                             f"Lower the learning rates, or try --dtype float32")
+
+    def on_signal(self, number, frame):
+        if not self.in_step or self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = True
+        tqdm.write("finishing this step, then saving; once more to leave at once")
+
+    @contextlib.contextmanager
+    def interruptible(self):
+        """SIGINT and SIGTERM end the step, save and leave with the command that goes on; elsewhere they leave at once."""
+        before = {s: signals.signal(s, self.on_signal) for s in (signals.SIGINT, signals.SIGTERM)}
+        try:
+            yield
+        except KeyboardInterrupt:
+            print(f"\ninterrupted; go on with: python train.py --resume {self.folder}")
+            sys.exit(130)
+        finally:
+            for number, handler in before.items():
+                signals.signal(number, handler)
+
+
+class Counted:
+    """An iterator that knows how much of it was drawn."""
+
+    def __init__(self, iterator):
+        self.iterator, self.drawn = iterator, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.drawn += 1
+        return next(self.iterator)
+
+
+def with_room(run, attempt):
+    """attempt(), once more with half the --micro-batch and --rollout-rows where memory ran out. Raises InputError when that fails, too."""
+    try:
+        return attempt()
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+    args = run.args  # outside the handler: its exception would keep the tensors of the failed attempt
+    args.micro_batch, args.rollout_rows = max(1, args.micro_batch // 2), max(1, args.rollout_rows // 2)
+    tqdm.write(f"out of memory: going on with --micro-batch {args.micro_batch} --rollout-rows {args.rollout_rows}")
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    try:
+        return attempt()
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise InputError(f"out of memory again ({str(error).splitlines()[0] if str(error) else type(error).__name__}). Lower --micro-batch and "
+                         f"--rollout-rows, then --max-new-tokens or --history-length; or add --gradient-checkpointing") from None
+
+
+def out_of_memory(error):
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(error) or "can't allocate memory" in str(error)
 
 
 def endless(dataset, split, seed):
@@ -158,7 +411,8 @@ def ask_teacher(dataset, args, device, dtype, path):
     teacher, tokenizer = policy.load(args.teacher, device, dtype, dataset.texts(), args.seed)
     sampling = policy.Sampling(512, args.temperature, False, not args.no_share_prefix, args.rollout_rows)
     kept = 0
-    with open(path, "w") as f, tqdm(total=args.teacher_traces, desc="teacher", unit="pair") as bar:
+    unfinished = path.with_name(path.name + ".part")
+    with open(unfinished, "w") as f, tqdm(total=args.teacher_traces, desc="teacher", unit="pair") as bar:
         for target in dataset.targets("train", f"teacher/{args.seed}")[:(args.teacher_traces + 1) // 2]:
             example = dataset.example(target, args.num_candidates, args.history_length, args.seed)
             where = example.relevance.index(1.0)
@@ -173,6 +427,7 @@ def ask_teacher(dataset, args, device, dtype, path):
                                         "label": label, "trace": trace}) + "\n")
             bar.update(2)
             bar.set_postfix(kept=kept)
+    unfinished.replace(path)
     return path
 
 
@@ -207,12 +462,13 @@ def recorded_lessons(dataset, path, rng, reasoning=True):
     return forever()
 
 
-def cold_start(model, tokenizer, lessons, args, log):
+def cold_start(run, lessons, args):
     """Supervised steps on lessons: mean negative log-likelihood of the response tokens."""
+    model, tokenizer = run.model, run.tokenizer
     end = policy.stop_ids(model, tokenizer)[0]
     optimizer = Optimizer([{"params": list(model.parameters()), "lr": args.sft_lr}])
-    bar = tqdm(range(1, args.sft_steps + 1), desc="cold start", unit="step")
-    for step in bar:
+    model.train()
+    for step, bar in run.steps("sft", args.sft_steps, optimizer, "cold start"):
         started = time.perf_counter()
         prefixes, owner, suffixes, responses = [], [], [], []
         for _ in range(args.sft_lists):
@@ -222,21 +478,30 @@ def cold_start(model, tokenizer, lessons, args, log):
             prefixes.append(prompt.prefix_ids)
             suffixes += prompt.suffix_ids
             responses += [tokenizer(t, add_special_tokens=False).input_ids + [end] for t in texts]
-        tokens, total = sum(map(len, responses)), 0.0
-        for prefix, local, part in policy.micro_batches(model, prefixes, owner, suffixes, responses, args.micro_batch,
-                                                        not args.no_share_prefix):
-            logprobs, _, _ = policy.row_logprobs(prefix, local, [suffixes[n] for n in part], [responses[n] for n in part])
-            loss = -logprobs.sum() / tokens
-            loss.backward()
-            total += loss.item()
+        tokens = sum(map(len, responses))
+
+        def update():
+            optimizer.clear()
+            total = 0.0
+            for prefix, local, part in policy.micro_batches(model, prefixes, owner, suffixes, responses, args.micro_batch,
+                                                            not args.no_share_prefix):
+                logprobs, _, _ = policy.row_logprobs(prefix, local, [suffixes[n] for n in part], [responses[n] for n in part])
+                loss = -logprobs.sum() / tokens
+                loss.backward()
+                total += loss.item()
+            return total
+
+        total = with_room(run, update)
         done = step / args.sft_steps
         norm = optimizer.step(rate=min(1.0, done / 0.05) * (1 - 0.9 * done))
+        run.check_finite(math.isfinite(norm), {"stage": "sft", "step": step, "responses": tokenizer.batch_decode(responses)})
         seconds = time.perf_counter() - started
         bar.set_postfix(loss=f"{total:.3f}")
-        log("sft", step, {"loss": total, "grad_norm": norm, "tokens": tokens, "seconds": seconds},
-            f"cold start {step:4d}/{args.sft_steps}  loss {total:.3f}  {tokens / seconds:.0f} tok/s"
-            if step % max(1, args.sft_steps // 5) == 0 else None)
+        run.log("sft", step, {"loss": total, "grad_norm": norm, "tokens": tokens, "seconds": seconds},
+                f"cold start {step:4d}/{args.sft_steps}  loss {total:.3f}  {tokens / seconds:.0f} tok/s"
+                if step % max(1, args.sft_steps // 5) == 0 else None)
     optimizer.close()
+    model.eval()
 
 
 # --- 2. and 3. reinforcement learning ------------------------------------------------------------------------------------
@@ -255,31 +520,34 @@ def roll_out(model, tokenizer, score_head, batch, args, reference=None):
     return r2r.score(model, score_head, rollout, args.temperature, args.micro_batch, not args.no_share_prefix, reference), sampled
 
 
-def warm_up(model, tokenizer, score_head, dataset, targets, args, log):
+def warm_up(run, dataset, targets, args):
     hidden, relevance = [], []
-    bar = tqdm(range(1, args.warmup_steps + 1), desc="warm-up", unit="step")
-    for _ in bar:
-        rollout, _ = roll_out(model, tokenizer, score_head, draw_batch(dataset, targets, tokenizer, args), args)
+    for _ in tqdm(range(args.warmup_steps), desc="warm-up", unit="step"):
+        batch = draw_batch(dataset, targets, run.tokenizer, args)
+        rollout, _ = with_room(run, lambda: roll_out(run.model, run.tokenizer, run.score_head, batch, args))
         hidden += rollout.lists(rollout.hidden.float())
         relevance += rollout.relevance
     if hidden:
-        optimizer = torch.optim.AdamW(score_head.parameters(), lr=1e-3, weight_decay=0.0)
-        utility = r2r.fit_score_head(score_head, hidden, relevance, optimizer)
-        log("warmup", args.warmup_steps, {"utility": utility, "lists": len(hidden)},
-            f"warm-up of the score head on {len(hidden)} lists: expected NDCG@10 {utility:.3f} on those held out")
+        optimizer = torch.optim.AdamW(run.score_head.parameters(), lr=1e-3, weight_decay=0.0)
+        utility = r2r.fit_score_head(run.score_head, hidden, relevance, optimizer)
+        run.log("warmup", args.warmup_steps, {"utility": utility, "lists": len(hidden)},
+                f"warm-up of the score head on {len(hidden)} lists: expected NDCG@10 {utility:.3f} on those held out")
 
 
-def train_rl(model, tokenizer, score_head, dataset, targets, args, log, save):
-    reference = copy.deepcopy(model).requires_grad_(False) if args.kl_coef else None
+def train_rl(run, dataset, targets, args):
+    model, tokenizer, score_head = run.model, run.tokenizer, run.score_head
+    reference = frozen_reference(run, args) if args.kl_coef else None
     optimizer = Optimizer([{"params": list(model.parameters()), "lr": args.lr},
                            {"params": list(score_head.parameters()), "lr": args.head_lr}])
-    generator = torch.Generator().manual_seed(args.seed)
-    batch = draw_batch(dataset, targets, tokenizer, args) if args.overfit_one_batch else None
+    generator = run.generators["permutations"] = torch.Generator().manual_seed(args.seed)
+    if run.stage != "rl":
+        run.save("rl", 0, optimizer)  # the cold start and the warm-up are not done again
+    one_batch = draw_batch(dataset, endless(dataset, "train", args.seed), tokenizer, args) if args.overfit_one_batch else None
     model.train()
-    bar = tqdm(range(1, args.steps + 1), desc="RL", unit="step")
-    for step in bar:
+    for step, bar in run.steps("rl", args.steps, optimizer, "RL"):
         started = time.perf_counter()
-        rollout, sampled = roll_out(model, tokenizer, score_head, batch or draw_batch(dataset, targets, tokenizer, args), args, reference)
+        batch = one_batch or draw_batch(dataset, targets, tokenizer, args)
+        rollout, sampled = with_room(run, lambda: roll_out(model, tokenizer, score_head, batch, args, reference))
         scored = time.perf_counter()
         losses = {"token_loss": 0.0, "kl": 0.0, "clipped": 0.0, "grad_norm": 0.0}  # if no list has a signal
         for epoch in range(args.ppo_epochs):
@@ -290,13 +558,21 @@ def train_rl(model, tokenizer, score_head, dataset, targets, args, log, save):
             signal = r2r.signal(rollout, credit=args.credit, permutations=args.permutations if args.pl == "sample" else 0,
                                 generator=generator)
             utility = signal.utility if epoch == 0 else utility
-            if signal.alive or args.kl_coef:
-                losses = r2r.backward(model, score_head, rollout, signal, args.clip, args.kl_coef, args.temperature, args.micro_batch,
-                                      not args.no_share_prefix)
+
+            def update():
+                optimizer.clear()
+                return r2r.backward(model, score_head, rollout, signal, args.clip, args.kl_coef, args.temperature, args.micro_batch,
+                                    not args.no_share_prefix)
+
+            if not math.isfinite(signal.utility):
+                losses["grad_norm"] = math.nan
+            elif signal.alive or args.kl_coef:
+                losses = with_room(run, update)
                 losses["grad_norm"] = optimizer.step(rate=min(1.0, step / max(1, 0.05 * args.steps)))
         lengths = [len(r) for r in rollout.responses]
         tokens = sum(lengths)
         texts = tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
+        run.check_finite(math.isfinite(losses["grad_norm"]), {"stage": "rl", "step": step, "responses": texts, "scores": rollout.scores.tolist()})
         ended = [t is not None for t in map(r2r.parse_answer, texts)]
         now = time.perf_counter()
         values = {"utility": utility, **losses, "length": tokens / len(lengths), "format_rate": sum(ended) / len(ended),
@@ -305,13 +581,22 @@ def train_rl(model, tokenizer, score_head, dataset, targets, args, log, save):
                   "score_std": rollout.scores.std().item(), "seconds_sample": sampled - started, "seconds_score": scored - sampled,
                   "seconds_update": now - scored, "seconds": now - started}
         bar.set_postfix(ndcg=f"{utility:.3f}", len=f"{values['length']:.0f}", s=f"{values['seconds']:.1f}")
-        log("rl", step, values, f"RL {step:4d}/{args.steps}  NDCG@10 {utility:.3f}  length {values['length']:.0f}  format "
-            f"{values['format_rate']:.2f}  {tokens / (sampled - started):.0f} tok/s sampled  {values['seconds']:.1f} s"
-            if step % max(1, args.steps // 10) == 0 or step == 1 else None)
-        if step % args.save_every == 0 and step < args.steps:
-            save()
+        run.log("rl", step, values, f"RL {step:4d}/{args.steps}  NDCG@10 {utility:.3f}  length {values['length']:.0f}  format "
+                f"{values['format_rate']:.2f}  {tokens / (sampled - started):.0f} tok/s sampled  {values['seconds']:.1f} s"
+                if step % max(1, args.steps // 10) == 0 or step == 1 else None)
     model.eval()
     optimizer.close()
+
+
+def frozen_reference(run, args):
+    """The model as it is when RL begins; kept in the run directory, for a resumed run to find."""
+    folder = run.folder / "reference"
+    if run.stage == "rl":
+        model = policy.load(str(folder), run.model.device, run.model.dtype)[0]
+    else:
+        model = copy.deepcopy(run.model).eval()
+        policy.save_directory(folder, run.write_checkpoint)
+    return model.requires_grad_(False)
 
 
 # --- the run -----------------------------------------------------------------------------------------------------------------
@@ -343,17 +628,6 @@ def choose_run_directory(args, dataset):
     return out
 
 
-def save_checkpoint(folder, model, tokenizer, score_head):
-    """An ordinary Hugging Face directory with the score head beside the weights, complete or not there at all."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    score_head.save(temporary / "score_head.safetensors")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-
-
 def main():
     args = parse_flags()
     started = time.perf_counter()
@@ -366,8 +640,14 @@ def main():
         dataset.examples(split, 1, args.num_candidates, args.history_length, args.seed)
     if args.teacher and args.teacher != "template" and not Path(args.teacher).is_file():
         policy.resolve(args.teacher)
-    out = choose_run_directory(args, dataset)
-    print(f"run directory: {out}")
+    out = Path(args.resume) if args.resume else choose_run_directory(args, dataset)
+    if args.resume and (out / "checkpoint").exists() and not (out / "states").exists():
+        return print(f"{out}: this run has finished; nothing to resume")
+    run = Run(out, args)
+    state = run.newest_state() if args.resume else None
+    if state:
+        run.open_state(state)
+    print(f"run directory: {out}" + (f", resumed after {run.stage} step {run.step}" if state else ""))
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
 
@@ -376,56 +656,65 @@ def main():
         example = dataset.example(dataset.targets("train")[0], args.num_candidates, args.history_length, args.seed)
         texts += [r2r.SYSTEM, r2r.QUESTION, r2r.QUESTION_WITHOUT_REASONING, "The user's history, oldest first:\n- ", "\nCandidate: "] * 3
         texts += [r2r.template_trace(example.history, c)[0] for c in dataset.items.values()]
-    model, tokenizer = policy.load(args.model, device, dtype, texts, args.seed)
-    fill_defaults(args, model)
-    if args.overwrite:
-        shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
+    run.model, run.tokenizer = policy.load(str(state or args.model), device, dtype, texts, args.seed)
+    fill_defaults(args, run.model)
     if args.gradient_checkpointing:
-        policy.checkpoint_activations(model)
-    score_head = r2r.ScoreHead(model.config.get_text_config().hidden_size, reasoning=not args.no_reasoning).to(device)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")}
-    (out / "config.json").write_text(json.dumps({"flags": vars(args), "versions": {"python": platform.python_version(), **versions},
-                                                 "seed": args.seed, "device": device, "dtype": str(dtype)}, indent=1) + "\n")
-    log = Log(out / "metrics.jsonl")
+        policy.checkpoint_activations(run.model)
+    run.score_head = r2r.ScoreHead(run.model.config.get_text_config().hidden_size, reasoning=not args.no_reasoning).to(device)
+    if state:
+        run.score_head.load_state_dict(r2r.ScoreHead.load(state / "score_head.safetensors").state_dict())
+    else:
+        if not args.resume:
+            run.clear()
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")}
+        config = {"flags": vars(args), "versions": {"python": platform.python_version(), **versions}, "seed": args.seed, "device": device,
+                  "dtype": str(dtype)}
+        temporary = out / "config.json.tmp"
+        temporary.write_text(json.dumps(config, indent=1) + "\n")
+        temporary.replace(out / "config.json")
+    run.open_log()
     print(f"{dataset.name}: {len(dataset.items)} items, {len(dataset.sequences)} users, "
           f"{' / '.join(str(len(dataset.splits[s])) for s in ('train', 'validation', 'test'))} examples in train / validation / test\n"
-          f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {dtype} on {device}")
+          f"{args.model}: {sum(p.numel() for p in run.model.parameters()) / 1e6:.1f}M parameters, {dtype} on {device}")
+    with run.interruptible():
+        train_r2rank(run, dataset, args, device, dtype, rng)
+    shutil.rmtree(out / "states", ignore_errors=True)
+    print(f"{time.perf_counter() - started:.0f} s in all; everything is in {out}")
 
+
+def train_r2rank(run, dataset, args, device, dtype, rng):
     examples = evaluation.test_lists(dataset, args, args.eval_lists)
     scores = {"random": evaluation.random_scores(examples, args.seed),
               "popularity": evaluation.popularity_scores(examples, dataset.popularity())}
+    before = "sft" if args.sft_steps else "zero-shot"
 
     def score_test(name, head):
-        results = evaluation.model_scores(model, tokenizer, head, examples, evaluation.sampling_of(args), args.eval_samples,
+        results = evaluation.model_scores(run.model, run.tokenizer, head, examples, evaluation.sampling_of(args), args.eval_samples,
                                           args.micro_batch, not args.no_reasoning, f"eval {name}")
-        scores[name] = [s for s, _ in results]
+        run.results[name] = [s.tolist() for s, _ in results]
 
-    if args.sft_steps:
-        if args.teacher == "template":
-            lessons = template_lessons(dataset, args, rng)
-        else:
-            path = args.teacher if Path(args.teacher).is_file() else ask_teacher(dataset, args, device, dtype, out / "traces.jsonl")
-            lessons = recorded_lessons(dataset, path, rng, not args.no_reasoning)
-        model.train()
-        cold_start(model, tokenizer, lessons, args, log)
-        model.eval()
-    before = "sft" if args.sft_steps else "zero-shot"
-    score_test(before, None)
+    targets = run.stream("targets", endless(dataset, "train", args.seed))
+    if run.stage != "rl":
+        if args.sft_steps:
+            if args.teacher == "template":
+                lessons = template_lessons(dataset, args, rng)
+            else:
+                path = Path(args.teacher) if Path(args.teacher).is_file() else run.folder / "traces.jsonl"
+                if not path.exists():
+                    ask_teacher(dataset, args, device, dtype, path)
+                lessons = recorded_lessons(dataset, path, rng, not args.no_reasoning)
+            cold_start(run, run.stream("lessons", lessons), args)
+        score_test(before, None)
+        warm_up(run, dataset, targets, args)
+    train_rl(run, dataset, targets, args)
+    run.finish()
+    score_test("rl", run.score_head)
 
-    targets = endless(dataset, "train", args.seed)
-    warm_up(model, tokenizer, score_head, dataset, targets, args, log)
-    checkpoint = out / "checkpoint"
-    train_rl(model, tokenizer, score_head, dataset, targets, args, log,
-             lambda: save_checkpoint(checkpoint, model, tokenizer, score_head))
-    save_checkpoint(checkpoint, model, tokenizer, score_head)
-    score_test("rl", score_head)
-
-    results = {name: evaluation.evaluate(s, examples) for name, s in scores.items()}
-    systems = evaluation.write_eval(out / "eval.json", dataset.name, examples, {name: r[0] for name, r in results.items()})
+    results = {name: evaluation.evaluate(s, examples) for name, s in (scores | run.results).items()}
+    systems = evaluation.write_eval(run.folder / "eval.json", dataset.name, examples, {name: r[0] for name, r in results.items()})
     gain = evaluation.difference(results["rl"][1]["ndcg@10"], results[before][1]["ndcg@10"], [e.user for e in examples])
-    print(f"\n{len(examples)} held-out lists of {args.num_candidates} candidates\n{evaluation.table(systems)}\n"
-          f"rl - {before}, paired: {gain} NDCG@10\n{time.perf_counter() - started:.0f} s in all; everything is in {out}")
+    print(f"\n{len(examples)} held-out lists of {len(examples[0].candidates)} candidates\n{evaluation.table(systems)}\n"
+          f"rl - {before}, paired: {gain} NDCG@10")
 
 
 if __name__ == "__main__":
