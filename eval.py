@@ -296,7 +296,7 @@ class SASRec(nn.Module):
 
     @torch.no_grad()
     def scores(self, histories):
-        """histories: lists of item indices 0..I-1, oldest first -> next-item scores (B, I); an empty history scores 0 all over."""
+        """histories: lists of item indices 0..I-1, oldest first -> next-item scores (B, I); 0 all over for an empty history."""
         sequences, lengths = pad([[i + 1 for i in h[-self.max_len:]] for h in histories], self.items.weight.device)
         hidden = self(sequences)[torch.arange(len(histories)), lengths.clamp(min=1) - 1]  # (B, D)
         return (hidden * (lengths > 0)[:, None]) @ self.items.weight[1:].T
@@ -305,10 +305,11 @@ class SASRec(nn.Module):
 def pad(rows, device):
     """Lists of numbers -> (B, T) long, 0 on the right, T >= 1; and their lengths (B,)."""
     T = max(1, max(map(len, rows), default=1))
-    return torch.tensor([r + [0] * (T - len(r)) for r in rows], device=device).view(-1, T), torch.tensor([len(r) for r in rows], device=device)
+    padded = torch.tensor([r + [0] * (T - len(r)) for r in rows], dtype=torch.long, device=device).view(-1, T)
+    return padded, torch.tensor([len(r) for r in rows], dtype=torch.long, device=device)
 
 
-def fit_sasrec(num_items, sequences, evaluate=None, epochs=100, lr=1e-3, num_negatives=1024, batch_size=256, seed=0, every=2,
+def fit_sasrec(num_items, sequences, evaluate=None, epochs=50, lr=1e-3, num_negatives=1024, batch_size=256, seed=0, every=2,
                patience=5, device="cpu", **sizes):
     """Train a SASRec on sequences (lists of item indices 0..I-1, oldest first); returns it in eval mode.
 
@@ -318,10 +319,13 @@ def fit_sasrec(num_items, sequences, evaluate=None, epochs=100, lr=1e-3, num_neg
 
     Deviations: 1. softmax over the target and `num_negatives` items, instead of a logistic loss with one negative; the
     negatives are uniform, drawn without replacement and shared by the batch, and those of them that a user has in `sequences`
-    are masked for that user. 2. Batches hold sequences of similar length, cut to the longest.
+    are masked for that user (so nothing pushes the history's own items down: leave them out of a ranking). 2. Batches hold
+    sequences of similar length, cut to the longest.
     """
     generator = torch.Generator().manual_seed(seed)
     sequences = [[i + 1 for i in s] for s in sequences if len(s) > 1]  # one item alone has no next item
+    if not sequences:
+        raise ValueError("SASRec needs at least one sequence of two or more items")
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # for the weights and dropout
         torch.manual_seed(seed)
         model = SASRec(num_items, **sizes).to(device)
@@ -333,12 +337,15 @@ def fit_sasrec(num_items, sequences, evaluate=None, epochs=100, lr=1e-3, num_neg
             order = sorted(range(len(sequences)), key=lambda n: len(sequences[n]) + 2 * jitter[n])
             batches = [order[b:b + batch_size] for b in range(0, len(order), batch_size)]
             for b in torch.randperm(len(batches), generator=generator).tolist():
-                own = pad([sequences[n] for n in batches[b]], device)[0]  # (B, T'): all the user's items, for the mask
-                latest, lengths = pad([sequences[n][-model.max_len - 1:] for n in batches[b]], device)
+                batch = [sequences[n] for n in batches[b]]
+                own, _ = pad(batch, device)  # (B, all T): the mask needs also the items that max_len cuts off
+                latest, _ = pad([s[-model.max_len - 1:] for s in batch], device)
                 inputs, targets = latest[:, :-1], latest[:, 1:]  # (B, T)
                 negatives = 1 + torch.randperm(num_items, generator=generator)[:num_negatives].to(device)  # (N,)
-                column = own.new_full((num_items + 1,), len(negatives)).index_put((negatives,), torch.arange(len(negatives), device=device))
-                seen = torch.zeros(len(own), len(negatives) + 1, dtype=torch.bool, device=device).scatter_(1, column[own], True)[:, :-1]
+                column = own.new_full((num_items + 1,), len(negatives))  # item -> where it stands among the negatives; N: nowhere
+                column[negatives] = torch.arange(len(negatives), device=device)
+                seen = torch.zeros(len(own), len(negatives) + 1, dtype=torch.bool, device=device)
+                seen = seen.scatter_(1, column[own], True)[:, :-1]  # (B, N): this negative is one of the user's items
                 real = targets > 0
                 row = real.nonzero()[:, 0]  # (P,): the user of each of the P positions that have a target
                 hidden = model(inputs)[real]  # (P, D)
@@ -377,6 +384,12 @@ def fit_baselines(dataset, names=BASELINES, seed=0, num_validation=2000):
     def best_decay(ranker):
         return ranker(max(DECAYS, key=lambda d: validate(ranker(d))) if targets else 1.0)
 
+    def fitted(fit, *arguments, **options):
+        try:
+            return fit(*arguments, seed=seed, **options)
+        except ValueError as error:
+            raise InputError(f"{dataset.name}: {error}; leave this baseline out") from None
+
     rankers = {}
     counts = dataset.popularity()
     for name in tqdm(names, desc="baselines", unit="model", leave=False):
@@ -391,12 +404,12 @@ def fit_baselines(dataset, names=BASELINES, seed=0, num_validation=2000):
             user_index = {u: n for n, u in enumerate(training)}
             pairs = torch.tensor([(user_index[u], index[i]) for u, s in training.items() for i in s])
             scores_of = lambda model: lightgcn_scores(dataset, index, user_index, model)
-            rankers[name] = scores_of(fit_lightgcn(len(user_index), len(index), pairs, seed=seed,
-                                                   evaluate=(lambda m: validate(scores_of(m))) if targets else None))
+            rankers[name] = scores_of(fitted(fit_lightgcn, len(user_index), len(index), pairs,
+                                             evaluate=(lambda m: validate(scores_of(m))) if targets else None))
         elif name == "sasrec":
-            model = fit_sasrec(len(index), [[index[i] for i in s] for s in training.values()], seed=seed,
-                               evaluate=(lambda m: validate(lambda users, histories: m.scores(histories))) if targets else None)
-            rankers[name] = lambda users, histories: model.scores(histories)
+            sasrec = fitted(fit_sasrec, len(index), [[index[i] for i in s] for s in training.values()],
+                            evaluate=(lambda m: validate(lambda users, histories: m.scores(histories))) if targets else None)
+            rankers[name] = lambda users, histories: sasrec.scores(histories)
     return rankers
 
 
@@ -638,13 +651,15 @@ def main():
         config = Path(args.run) / "config.json"
         if not config.exists():
             raise InputError(f"--run {args.run}: no config.json there; give a directory that train.py wrote")
-        if not (Path(args.run) / "checkpoint" / "config.json").exists():
-            raise InputError(f"--run {args.run}: it holds no checkpoint yet; the run has not finished")
+        states = sorted((Path(args.run) / "states").glob("*/config.json"))  # of a run that has not finished
+        checkpoint = next((p.parent for p in [Path(args.run) / "checkpoint" / "config.json", *reversed(states)] if p.exists()), None)
+        if not checkpoint:
+            raise InputError(f"--run {args.run}: it holds no checkpoint yet; the run has not come far enough")
         flags = json.loads(config.read_text())["flags"]
         kept = ("device", "dtype", "out", "save_candidates")
         parser.set_defaults(**{k: v for k, v in flags.items() if k in vars(args) and k not in kept})
         args = parser.parse_args()
-        args.model = str(Path(args.run) / "checkpoint")
+        args.model = str(checkpoint)
     baselines = None if args.baselines is None else args.baselines or list(BASELINES)
     if args.full and (args.run or args.model or not baselines):
         raise InputError("--full is for baselines alone: add --baselines, and leave out --run and --model")

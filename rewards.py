@@ -51,7 +51,8 @@ class Propagate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, neighbours, offsets, weights):
         ctx.save_for_backward(neighbours, offsets, weights)
-        return F.embedding_bag(neighbours, x, offsets, mode="sum", per_sample_weights=weights.to(x.dtype), include_last_offset=True)
+        weights = weights.to(x.dtype)
+        return F.embedding_bag(neighbours, x, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
     @staticmethod
     def backward(ctx, grad):
@@ -69,7 +70,8 @@ class LightGCN(nn.Module):
         super().__init__()
         self.num_users, self.layers = num_users, layers
         self.embedding = nn.Parameter(nn.init.normal_(torch.empty(num_users + num_items, dim), std=0.1))
-        user, item = torch.unique(pairs.cpu(), dim=0).T
+        keys = torch.unique(pairs[:, 0].cpu() * num_items + pairs[:, 1].cpu())  # a number a pair; each once
+        user, item = keys // num_items, keys % num_items
         row, column = torch.cat([user, item + num_users]), torch.cat([item + num_users, user])
         order = row.argsort(stable=True)
         degree = torch.bincount(row, minlength=num_users + num_items)
@@ -88,7 +90,7 @@ class LightGCN(nn.Module):
         return total[:self.num_users], total[self.num_users:]
 
 
-def fit_lightgcn(num_users, num_items, pairs, dim=64, layers=3, epochs=200, lr=0.01, l2=1e-4, batch_size=8192, seed=0,
+def fit_lightgcn(num_users, num_items, pairs, dim=64, layers=3, epochs=100, lr=0.01, l2=1e-4, batch_size=8192, seed=0,
                  evaluate=None, every=5, patience=3, device="cpu"):
     """Train a LightGCN with BPR on pairs (E, 2); returns it in eval mode.
 
@@ -101,9 +103,11 @@ def fit_lightgcn(num_users, num_items, pairs, dim=64, layers=3, epochs=200, lr=0
         torch.manual_seed(seed)
         model = LightGCN(num_users, num_items, pairs, dim, layers).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-    keys = torch.unique(pairs[:, 0].cpu() * num_items + pairs[:, 1].cpu())  # one sorted number a pair: membership by binary search
+    keys = torch.unique(pairs[:, 0].cpu() * num_items + pairs[:, 1].cpu())  # a number a pair, sorted: found by binary search
     user, item = keys // num_items, keys % num_items
     trainable = (torch.bincount(user) < num_items)[user].nonzero()[:, 0]  # who has every item has no negative
+    if not len(trainable):
+        raise ValueError("LightGCN needs at least one user with some, but not all, of the items")
 
     def draw_negatives(user):
         negative = torch.randint(num_items, user.shape, generator=generator)
@@ -118,8 +122,8 @@ def fit_lightgcn(num_users, num_items, pairs, dim=64, layers=3, epochs=200, lr=0
     bar = tqdm(range(1, epochs + 1), desc="LightGCN", unit="epoch", leave=False)
     for epoch in bar:
         order = trainable[torch.randperm(len(trainable), generator=generator)]
-        batches = torch.stack([user[order], item[order] + num_users, draw_negatives(user[order]) + num_users]).to(device)  # (3, E)
-        for batch in batches.split(batch_size, dim=1):
+        triples = torch.stack([user[order], item[order] + num_users, draw_negatives(user[order]) + num_users])  # (3, E)
+        for batch in triples.to(device).split(batch_size, dim=1):
             u, i, j = torch.cat(model.propagate())[batch]  # (B, D) each
             bpr = F.softplus((u * (j - i)).sum(1)).mean()  # -log sigmoid(positive - negative)
             loss = bpr + l2 / 2 * model.embedding[batch].square().sum() / batch.shape[1]

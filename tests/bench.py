@@ -1,6 +1,7 @@
 """Benchmarks; pytest does not collect this file.
 
-    python tests/bench.py load         1,000,000 interactions and 100,000 items, in the true formats: seconds and peak memory
+    python tests/bench.py load                     1,000,000 interactions and 100,000 items, in the true formats: seconds, peak memory
+    python tests/bench.py lightgcn --data beauty   LightGCN on a data set's training interactions: seconds, peak memory
 """
 
 import argparse
@@ -67,6 +68,27 @@ def load(args):
                       f"{interactions} interactions", flush=True)
 
 
+LIGHTGCN = """
+import resource, sys, time
+sys.path.insert(0, sys.argv[1])
+import torch, data, eval as evaluation
+d = data.load(sys.argv[2])
+started = time.perf_counter()
+ranker = evaluation.fit_baselines(d, ["lightgcn"])["lightgcn"]
+seconds = time.perf_counter() - started
+gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+rows = evaluation.full_ranking(d, ranker, d.targets("validation")[:5000])
+print(seconds, gigabytes, sum(r["ndcg@10"] for r in rows) / len(rows), sum(map(len, d.training().values())), torch.get_num_threads())
+"""
+
+
+def lightgcn(args):
+    out = subprocess.run([sys.executable, "-c", LIGHTGCN, str(ROOT), args.data], capture_output=True, text=True, check=True).stdout
+    seconds, gigabytes, ndcg, interactions, threads = out.split()
+    print(f"LightGCN, {interactions} training interactions of {args.data}, {threads} threads: {float(seconds):.0f} s with its validation, peak "
+          f"{float(gigabytes):.2f} GB; NDCG@10 over the whole catalogue {float(ndcg):.4f} (validation)")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -74,6 +96,9 @@ def main():
     p.add_argument("--interactions", type=int, default=10**6)
     p.add_argument("--items", type=int, default=10**5)
     p.set_defaults(run=load)
+    p = commands.add_parser("lightgcn")
+    p.add_argument("--data", default="beauty")
+    p.set_defaults(run=lightgcn)
     args = parser.parse_args()
     args.run(args)
 

@@ -157,6 +157,8 @@ def test_what_resume_refuses_and_names(harness, whole, tmp_path):
         message = run("train.py", "--resume", copy, code=2).stderr
         assert str(path) in message and "2-rl-000000" in message and message.count("\n") == 1
     shutil.rmtree(copy / "states" / states[-1].name)
+    run("eval.py", "--run", copy, "--out", tmp_path / "eval.json")  # what has been learnt so far can be looked at
+    assert "rl" in json.loads((tmp_path / "eval.json").read_text())["systems"]
     run("train.py", "--resume", copy, "--micro-batch", 80)
     same(whole[0], copy)
     assert "nothing to resume" in run("train.py", "--resume", copy).stdout
