@@ -397,11 +397,17 @@ def endless(dataset, split, seed):
 def template_lessons(dataset, args, rng):
     """Endless (history, candidates, responses): of each list, up to 3 candidates that the template teacher likes and twice as
     many that it does not."""
+    fruitless = 0
     for target in endless(dataset, "train", f"sft/{args.seed}"):
+        if fruitless == 1000:
+            raise InputError(f"{dataset.name}: the template teacher tells no candidates apart (it needs attributes, such as a brand, that items "
+                             f"share); give --teacher a model or a file of traces, or start without a cold start: --sft-steps 0")
+        fruitless += 1
         example = dataset.example(target, args.num_candidates, args.history_length, args.seed)
         traces = [(c, *r2r.template_trace(example.history, c, not args.no_reasoning)) for c in example.candidates]
         liked, disliked = [t for t in traces if t[2]], [t for t in traces if not t[2]]
         if n := min(3, len(liked), len(disliked) // 2):
+            fruitless = 0
             chosen = rng.sample(liked, n) + rng.sample(disliked, 2 * n)
             yield example.history, [c for c, _, _ in chosen], [text for _, text, _ in chosen]
 

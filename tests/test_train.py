@@ -225,3 +225,15 @@ def test_evaluate_ranks_by_score_and_breaks_ties_fairly(toy):
 def test_difference_is_paired():
     a = [0.1 * n for n in range(10)]
     assert evaluation.difference([x + 0.25 for x in a], a) == "+0.250 [+0.250, +0.250]"
+
+
+def test_own_data_as_in_the_readme(tmp_path):
+    """The README's example, pasted: a folder that trains; without attributes the template teacher says that it has nothing to say."""
+    import re
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[0]
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    run("train.py", *SMALL, "--data", "shop", "--num-candidates", 10, "--out", tmp_path / "r", cwd=tmp_path)
+    assert json.loads((tmp_path / "r" / "eval.json").read_text())["data"] == "shop"
+    lines = [line.split("\t")[:2] for line in (tmp_path / "shop" / "shop.item").read_text().splitlines()]
+    (tmp_path / "shop" / "shop.item").write_text("".join("\t".join(line) + "\n" for line in lines))
+    assert "--teacher" in run("train.py", *SMALL, "--data", "shop", "--out", tmp_path / "s", cwd=tmp_path, code=2).stderr
