@@ -126,7 +126,7 @@ def build_tiny(texts, seed=0, vocab_size=2000, hidden_size=192, num_layers=2, nu
         model = LlamaForCausalLM(LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=3 * hidden_size, num_hidden_layers=num_layers,
             num_attention_heads=num_heads, num_key_value_heads=num_heads, max_position_embeddings=4096, tie_word_embeddings=True,
-            initializer_range=0.85 * hidden_size**-0.5, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+            attention_bias=True, initializer_range=0.85 * hidden_size**-0.5, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id))
         for layer in model.model.layers:
             layer.self_attn.k_proj.load_state_dict(layer.self_attn.q_proj.state_dict())
