@@ -8,6 +8,7 @@ K candidates: the target and K - 1 negatives that the user never touched.
     load("beauty")                   Amazon 2014, 5-core; also toys, sports, games, instruments           leave-one-out
     load("amazon2023:Video_Games")   Amazon Reviews 2023, 5-core, any category of its benchmark           temporal
     load("ml-100k"), load("ml-1m")   MovieLens                                                            temporal
+    load("recbench:movie")           RecBench+ (ReRec's benchmark), or recbench:book, from --data-dir     users apart
     load("path/to/NAME")             a folder with RecBole atomic files: NAME.inter, NAME.item
                                      [, NAME.user, NAME.kg, NAME.link]                                    leave-one-out
 
@@ -49,7 +50,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -120,6 +121,7 @@ class Dataset:
     has_clock: bool = False
     users: dict[str, dict[str, str]] = field(default_factory=dict)
     negatives: str = "uniform"
+    bench: "RecBench | None" = None
     item_ids: list[str] = field(init=False)
 
     def __post_init__(self):
@@ -139,8 +141,8 @@ class Dataset:
     def targets(self, split, seed=0):
         """The (user, position) pairs of a split, in an order that follows from the seed."""
         if not self.splits[split]:
-            raise InputError(f"{self.name}: the {split} split is empty; it takes users with at least 3 interactions "
-                             f"(this set has {len(self.sequences)} users)")
+            raise InputError(f"{self.name}: the {split} split is empty; leave-one-out takes users with at least 3 interactions, temporal "
+                             f"several points in time (this set has {len(self.sequences)} users)")
         return random.Random(f"{seed}/{split}").sample(self.splits[split], len(self.splits[split]))
 
     def example(self, target, num_candidates=20, history_length=10, seed=0):
@@ -155,11 +157,11 @@ class Dataset:
                              f"touched, but only {len(self.items) - len(touched)} are left; lower --num-candidates")
         ids = [positive.item_id]
         for drawn in self._proposals(rng, positive.item_id, num_candidates + len(touched)):
-            if len(ids) == num_candidates:
-                break
             if drawn not in touched:
                 touched.add(drawn)
                 ids.append(drawn)
+                if len(ids) == num_candidates:
+                    break
         rng.shuffle(ids)
         past = sequence[max(0, position - history_length):position]
         history = [replace(self.items[x.item_id], rating=x.rating, ago=self._ago(x, positive)) for x in past]
@@ -248,7 +250,7 @@ SIZES = {  # users, items, interactions as published
     "beauty": (22363, 12101, 198502), "toys": (19412, 11924, 167597), "sports": (35598, 18357, 296337),
     "amazon2023:Video_Games": (94762, 25612, 814586), "ml-100k": (943, 1682, 100000)}
 DEFAULT_CACHE = "~/.cache/r2rank"
-CACHE_FORMAT = 1  # raised when what is stored changes its meaning
+CACHE_FORMAT = 2  # raised when what is stored changes its meaning
 
 
 @contextlib.contextmanager
@@ -265,19 +267,27 @@ def _without_garbage_collection():
 
 @_without_garbage_collection()
 def load(name, split=None, seed=0, negatives="uniform", cache_dir=None, mirror=None, skip_bad_lines=False, since=None, until=None,
-         core=0, require=()):
+         core=0, require=(), data_dir=None):
     """Load a data set by name or folder. Raises InputError.
 
     split: "temporal", "leave-one-out" or None for the source's own default. negatives: see Dataset. cache_dir holds downloads
     and parsed files. mirror: a URL to take the files from instead of their official places. since, until: dates; only
     interactions of since <= time < until are kept. core: keep only users and items with that many interactions, again and again.
-    require: names of Amazon metadata fields; items without one of them are dropped with their interactions.
+    require: names of Amazon metadata fields; items without one of them are dropped with their interactions. data_dir: the folder
+    of RecBench+'s files, for "recbench:movie" and "recbench:book".
     """
     if name == "toy":
         if split:
             raise InputError("--split does not apply to the toy set: its training, validation and test users are different people")
+        if since or until or core or require:
+            raise InputError("--since, --until, --core and --require do not apply to the toy set; leave them out, or give another --data")
         return replace(toy(seed), negatives=negatives)
-    cache = Path(cache_dir or os.environ.get("R2RANK_CACHE") or DEFAULT_CACHE).expanduser()
+    if name.startswith("recbench:"):
+        if not data_dir:
+            raise InputError(f"--data {name}: give the folder of the benchmark's files with --data-dir. {WHERE}")
+        bench = load_recbench(data_dir, name.partition(":")[2])
+        return Dataset(name.replace(":", "-"), bench.items, {}, {"train": [], "validation": [], "test": []}, {}, bench=bench)
+    cache = Path(cache_dir or DEFAULT_CACHE).expanduser()
     default = "leave-one-out"
     if name in AMAZON_2014:
         category = AMAZON_2014[name]
@@ -285,7 +295,7 @@ def load(name, split=None, seed=0, negatives="uniform", cache_dir=None, mirror=N
         read = read_amazon_2014
     elif name.startswith("amazon2023:"):
         category, default = name.partition(":")[2], "temporal"
-        if not re.fullmatch(r"\w+", category):
+        if not re.fullmatch(r"[A-Za-z0-9_]+", category):
             raise InputError(f"--data {name}: give a category of Amazon Reviews 2023, such as amazon2023:Video_Games")
         files = [fetch(URL_2023 + f, cache / "amazon-2023", mirror) for f in
                  (f"benchmark/5core/rating_only/{category}.csv.gz", f"raw/meta_categories/meta_{category}.jsonl.gz")]
@@ -297,14 +307,15 @@ def load(name, split=None, seed=0, negatives="uniform", cache_dir=None, mirror=N
         folder = Path(name).expanduser()
         if not folder.is_dir():
             raise InputError(f"--data {name}: no such folder. Give toy, {', '.join(AMAZON_2014)}, amazon2023:CATEGORY, ml-100k, ml-1m, "
-                             f"or a folder with NAME.inter and NAME.item (RecBole atomic files)")
+                             f"recbench:movie, recbench:book, or a folder with NAME.inter and NAME.item (RecBole atomic files)")
         files, read = atomic_files(folder), read_recbole
     if require and "amazon" not in read.__name__:
         raise InputError("--require: only the Amazon sets have metadata fields to require")
     label = files[0].stem if read is read_recbole else name
 
-    raw = cached(cache / "parsed", label, files, [sorted(require), skip_bad_lines],
-                 lambda: read(*files, bad=BadLines(skip_bad_lines), require=tuple(require)))
+    bad = BadLines(skip_bad_lines)
+    raw = cached(cache / "parsed", label, files, [sorted(require), skip_bad_lines], bad, lambda: read(*files, bad=bad, require=tuple(require)))
+    bad.report()
     sizes = (len(raw.sequences), len(raw.items), sum(map(len, raw.sequences.values())))
     if name in SIZES and sizes != SIZES[name] and not require:
         print(f"note: {name} has {sizes[0]} users, {sizes[1]} items and {sizes[2]} interactions here; published are "
@@ -331,7 +342,8 @@ class Raw(NamedTuple):
 def restrict(label, raw, since, until, core):
     """A time window, then the k-core: users and items with at least `core` interactions, until nothing more falls out."""
     try:
-        first, last = (datetime.fromisoformat(d).replace(tzinfo=timezone.utc).timestamp() if d else None for d in (since, until))
+        dates = [datetime.fromisoformat(d) if d else None for d in (since, until)]
+        first, last = (d and (d if d.tzinfo else d.replace(tzinfo=timezone.utc)).timestamp() for d in dates)
     except ValueError as error:
         raise InputError(f"--since, --until: expected a date such as 2021-06-30 ({error})") from None
     if (since or until) and not raw.has_clock:
@@ -350,18 +362,21 @@ def restrict(label, raw, since, until, core):
     return raw._replace(sequences=sequences, items={i: x for i, x in raw.items.items() if i in left})
 
 
-def cached(folder, label, files, options, parse):
+def cached(folder, label, files, options, bad, parse):
     """parse(), or what it returned the last time for the very same files and options. A folder that cannot be written is no error."""
     stamp = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     key = hashlib.sha256(json.dumps([CACHE_FORMAT, MAX_TEXT, stamp, options]).encode()).hexdigest()[:16]
     path = folder / f"{re.sub(r'[^A-Za-z0-9.-]', '_', label)}-{key}.json"
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
-        return _unpack(json.loads(path.read_text()))
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+        stored = json.loads(path.read_text())
+        raw = _unpack(stored)
+        bad.counts, bad.first = stored["skipped"]  # to be reported every time
+        return raw
     raw = parse()
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(_pack(raw), separators=(",", ":")))
+        temporary.write_text(json.dumps(_pack(raw) | {"skipped": [bad.counts, bad.first]}, separators=(",", ":")))
         temporary.replace(path)
     return raw
 
@@ -440,7 +455,7 @@ def read_lists(path, items):
             ago, ratings = (record.get(k, [default] * len(past)) for k, default in (("ago", ""), ("ratings", None)))
             history = [replace(items[i], ago=clean(a), rating=None if r is None else float(r))
                        for i, a, r in zip(past, ago, ratings, strict=True)]
-            example = Example(str(record.get("user", number)), history, [items[i] for i in ids], relevance)
+            example = Example(f"line {number}" if record.get("user") is None else str(record["user"]), history, [items[i] for i in ids], relevance)
         except KeyError as error:
             raise InputError(f"{path} line {number}: {error} is neither there nor an item of the catalogue") from None
         except MALFORMED as error:
@@ -487,6 +502,8 @@ def fetch(url, folder, mirror=None, timeout=30, patience=3):
                     failure = error
                 except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError, Incomplete) as error:
                     failure = error
+                except ValueError as error:
+                    raise InputError(f"{url} is not a URL to download from ({error}). {by_hand}") from None
                 else:
                     return path
                 progress = part.exists() and part.stat().st_size > size
@@ -535,21 +552,33 @@ def _download(url, part, timeout):
         length = response.headers.get("Content-Length", "")
         total = have + int(length) if length.isdigit() else None
         with open(part, "ab" if have else "wb") as f, tqdm(total=total, initial=have, desc=part.stem, unit="B", unit_scale=True) as bar:
-            while block := response.read1(1 << 18):
+            while block := _read(response):
                 f.write(block)
                 bar.update(len(block))
     if total is not None and part.stat().st_size < total:
         raise Incomplete(f"the connection ended after {part.stat().st_size} of {total} bytes")
 
 
+def _read(response):
+    try:
+        return response.read1(1 << 18)
+    except OSError as error:  # of the network: told apart here from one of the disk
+        raise Incomplete(f"the connection broke off ({error})") from None
+
+
 def _verify(part, name):
     """Raise Incomplete when the archive's own checksums do not hold. A cut one is kept, to be resumed; a damaged one is deleted."""
     try:
+        if not part.stat().st_size:  # gzip takes nothing at all for a whole file
+            raise EOFError("it is empty")
         if name.endswith(".gz"):
             with gzip.open(part) as f:
                 while f.read(1 << 22):
                     pass
         elif name.endswith(".zip"):
+            with open(part, "rb") as f:
+                if f.read(4) == b"PK\3\4" and not zipfile.is_zipfile(part):
+                    raise EOFError("the directory at its end is missing")
             with zipfile.ZipFile(part) as z:
                 if z.testzip():
                     raise zipfile.BadZipFile(f"{z.testzip()} is damaged")
@@ -575,8 +604,8 @@ class BadLines:
         text = f"{path} line {number}: {message}"
         if not self.skip:
             raise InputError(f"{text}. --skip-bad-lines passes over such lines")
-        self.counts[path] += 1
-        self.first.setdefault(path, text)
+        self.counts[str(path)] += 1
+        self.first.setdefault(str(path), text)
 
     def report(self):
         for path, count in self.counts.items():
@@ -599,7 +628,7 @@ def read_lines(path, bad, member=None, encoding="utf-8"):
                     while (rest := f.readline(MAX_LINE)) and not rest.endswith(b"\n"):
                         pass
                     bad(where, number, f"longer than {MAX_LINE} bytes")
-                elif text := line.decode(encoding, errors="replace").strip("\r\n\ufeff"):
+                elif (text := line.decode(encoding, errors="replace").strip("\r\n\ufeff")).strip():
                     yield number, text
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile, KeyError, NotImplementedError, RuntimeError) as error:
         raise InputError(f"{where}: cannot be read ({error})") from None
@@ -619,7 +648,10 @@ def id_of(value):
 
 
 def in_time_order(sequences):
+    """Each user's interactions by time. Where there are times, the very same row twice (user, item, second, rating) is one."""
     for sequence in sequences.values():
+        if any(x.timestamp for x in sequence):
+            sequence[:] = dict.fromkeys(sequence)
         sequence.sort(key=lambda x: x.timestamp)  # stable: ties keep the file's order
     return sequences
 
@@ -677,8 +709,9 @@ def _amazon(sequences, meta, parse, expected, id_field, brand_field, bad, requir
             continue  # most of the file: products outside the 5-core
         try:
             record = parse(line)
-            item_id, paths = id_of(record[id_field]), record.get("categories") or []
-            path = paths[0] if paths and isinstance(paths[0], list) else paths  # 2014: a list of paths
+            item_id, path = id_of(record[id_field]), record.get("categories")
+            path = path if isinstance(path, list) else []
+            path = path[0] if path and isinstance(path[0], list) else path  # 2014: a list of paths
             missing = [name for name in require if record.get(name) in (None, "", [], {})]
             item = make_item(item_id, record.get("title"), {"brand": [record.get(brand_field)], "categories": path[1:] or path})
         except MALFORMED as error:
@@ -691,7 +724,6 @@ def _amazon(sequences, meta, parse, expected, id_field, brand_field, bad, requir
         wanted = {x.item_id for s in sequences.values() for x in s}
         if not sequences:
             raise InputError(f"--require {','.join(require)}: no item of {meta} has all of these fields")
-    bad.report()
     items = {i: items.get(i) or make_item(i, "", {}) for i in sorted(wanted)}
     return Raw(items, in_time_order(sequences), True, {})
 
@@ -747,7 +779,6 @@ def _movielens(archive, folder, ratings, movies, people, bad, movie, person):
 
     for user, row in parsed(ratings, rating, "user, movie, rating, time in seconds"):
         sequences.setdefault(user, []).append(row)
-    bad.report()
     return Raw(items, in_time_order(sequences), True, users)
 
 
@@ -759,11 +790,13 @@ def read_atomic(path, required, bad):
     lines = read_lines(path, bad)
     header = next(lines, (1, ""))[1].split("\t")
     types = {}
-    for cell in filter(None, header):
+    for cell in header if header != [""] else ():
         name, _, kind = cell.partition(":")
         if kind not in ("token", "token_seq", "float", "float_seq"):
             raise InputError(f"{path} line 1: expected `field:type` with type token, token_seq or float, found {cell[:40]!r}")
         types[name] = kind
+    if 0 < len(types) < len(header):
+        raise InputError(f"{path} line 1: a column is named twice")
     for name in required:
         if name not in types:
             raise InputError(f"{path}: no column `{name}`; it has {', '.join(types) or 'none'}")
@@ -798,7 +831,6 @@ def read_recbole(interactions, *others, bad, require=()):
     if base.with_suffix(".user") in others:
         _, rows = read_atomic(base.with_suffix(".user"), ["user_id"], bad)
         users = {row.pop("user_id"): {k: clean(v) for k, v in row.items()} for _, row in rows}
-    bad.report()
     return Raw(items, sequences, has_clock, users)
 
 
@@ -904,3 +936,571 @@ def toy(seed=0, num_items=400, num_users=600):
         train_length[user] = length if split == "train" else 0
         splits[split] += [(user, p) for p in range(10, length)]
     return Dataset("toy", items, sequences, splits, train_length)
+
+
+# --- queries ------------------------------------------------------------------------------------------------------------
+
+KINDS = ("explicit", "implicit", "misinformed", "interest", "demographics")
+
+WORDING = {  # attribute -> what its value is called, and how a value is asked for; others are called by their own name
+    "directed_by": ("director", "directed by {}"), "written_by": ("writer", "written by {}"), "starring": ("actor", "starring {}"),
+    "genre": ("genre", "of the genre {}"), "class": ("genre", "of the genre {}"), "genres": ("genre", "of the genre {}"),
+    "brand": ("brand", "from the brand {}"), "categories": ("category", "from the category {}"),
+    "release_year": ("year", "from the year {}"),
+}
+
+# Eight templates a kind for training and validation, four others for test. {} is where the conditions stand.
+TEMPLATES = {
+    "explicit": (
+        "I am looking for something {}.", "Can you recommend something {}?", "Please suggest an item {}.",
+        "What would you recommend {}?", "I want something {}.", "Find me an item {}.", "Do you have something {}?",
+        "I would like to try something {}."),
+    "explicit test": (
+        "Could you find something {} for me?", "I would like an item {}, please.", "Please recommend me something {}.",
+        "Do you have an item {} to suggest?"),
+    "implicit": (
+        "I am looking for something {}.", "Can you find an item {}?", "I want something new {}.", "What do you have {}?",
+        "Please recommend something {}.", "Is there an item {}?", "I would love to try something {}.",
+        "Suggest something {}, please."),
+    "implicit test": (
+        "Please find me something {}.", "I would like to try an item {}.", "Can you suggest something new {}?",
+        "Do you have something {} for me?"),
+    "misinformed": (
+        "I am looking for something {}.", "Can you recommend an item {}?", "I want another item {}.", "Please find something {}.",
+        "What else is there {}?", "Do you know something {}?", "I would like something more {}.", "Suggest an item {}."),
+    "misinformed test": (
+        "Can you find me another item {}?", "Please suggest something more {}.", "Do you have something else {}?",
+        "I would like an item {}."),
+    "interest": (
+        "I like {}. What else would I like?", "I enjoyed {}. Can you recommend something like that?",
+        "Lately I chose {}. Please suggest something similar.", "My favourites are {}. Find me another like them.",
+        "I am fond of {}. What should I try next?", "Having tried {}, I want more of the same.",
+        "I bought {} and liked both. What would you recommend?", "Recommend something similar to {}."),
+    "interest test": (
+        "I tried {} and enjoyed both. Please recommend another.", "What would you suggest to me if I like {}?",
+        "My choice was {}. Can you find something similar?", "I want something like {}."),
+    "demographics": (
+        "About me: {}. What would you recommend?", "My profile is {}. Please suggest something.",
+        "What do people like me choose? I am: {}.", "Find something for a person with {}.",
+        "Can you recommend something for somebody with {}?", "I would describe myself as {}. What should I try?",
+        "A friend of mine is {}. What would suit this person?", "Suggest something that fits a person with {}."),
+    "demographics test": (
+        "What would suit me? About me: {}.", "Please recommend something for a person with {}.",
+        "I am: {}. Can you suggest something?", "Somebody like me, {}, would choose what?"),
+}
+
+
+@dataclass(frozen=True)
+class Query:
+    """One request to the assistant with its candidates."""
+
+    id: str  # unique and stable: the curriculum's key
+    text: str
+    kind: str  # explicit, implicit, misinformed, interest, demographics
+    num_conditions: int
+    candidates: list[Item]
+    truths: tuple[str, ...]  # ids of the right items, all of them among the candidates
+    user: str = ""
+    history: list[Item] = field(default_factory=list)
+    conditions: tuple[tuple[str, str], ...] = ()  # (attribute, value) pairs that a right item has, where they are known
+    titles: tuple[str, ...] = ()  # RecBench+: all right titles as the benchmark writes them, for open-ended answers
+
+
+def facts_of(item):
+    """The (attribute, value) pairs of an item, in order, each once."""
+    return list(dict.fromkeys((name, value) for name, values in item.attributes.items() for value in values))
+
+
+class QueryBuilder:
+    """Queries for any catalogue with attributes (METHODS §2; ours, not RecBench+'s). Raises InputError for kinds it cannot serve.
+
+    The positive is an interaction to predict of the split, so nothing held out can be a training positive; what the user
+    touches after it, or ever, is neither a negative nor named. Conditions are attribute values of the positive that at least
+    three items and at most half of the catalogue have; a negative lacks at least one of them, `near_misses` of the negatives
+    only one. The kinds:
+      explicit      the values themselves
+      implicit      each value by items that have it: one, or two whose only common value of that attribute it is
+      misinformed   the first value by an item that has it, with a wrong value stated for that item; the others themselves
+      interest      two items of the user's past; the conditions are what they have in common, all of which the positive has
+      demographics  what is known about the user (fields with at most 100 different values); no conditions
+    """
+
+    def __init__(self, dataset, kinds=None, max_conditions=3, num_candidates=20, history_length=10, near_misses=0.25, seed=0):
+        self.dataset, self.num_candidates, self.history_length, self.seed = dataset, num_candidates, history_length, seed
+        self.max_conditions, self.near_misses = max_conditions, near_misses
+        self.with_fact = {}
+        for item in dataset.items.values():
+            for fact in facts_of(item):
+                self.with_fact.setdefault(fact, []).append(item.id)
+        self.with_fact = {f: ids for f, ids in self.with_fact.items() if 3 <= len(ids) <= len(dataset.items) // 2}
+        self.facts = {i: [f for f in facts_of(item) if f in self.with_fact] for i, item in dataset.items.items()}
+        self.values = {}
+        for name, value in self.with_fact:
+            self.values.setdefault(name, []).append(value)
+        profiles = dataset.users.values()
+        names = dict.fromkeys(name for profile in profiles for name in profile)
+        self.profile_fields = [n for n in names if 1 < len({p.get(n) for p in profiles}) <= 100]
+        served = [k for k in KINDS if (self.profile_fields if k == "demographics" else self.with_fact)]
+        self.kinds = tuple(kinds or served)
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise InputError(f"query kind {kind!r}: choose from {', '.join(KINDS)}")
+            if kind == "demographics" and kind not in served:
+                raise InputError(f"{dataset.name}: demographics queries need a file of users with fields such as age or occupation "
+                                 f"(NAME.user; ml-100k and RecBench+ have them); the other kinds need none")
+            if kind not in served:
+                raise InputError(f"{dataset.name}: {kind} queries need items with attributes that several items share (in NAME.item or "
+                                 f"NAME.kg); here there are none. The toy, ml-100k, Amazon's sets and RecBench+ have them")
+        if not self.kinds:
+            raise InputError(f"{dataset.name}: queries need items with attributes that several share, or users with fields; it has "
+                             f"neither. The toy, ml-100k, Amazon's sets and RecBench+ have them")
+
+    def graph_items(self):
+        """The items with all that is known of them: what the item-attribute graph is made of."""
+        return self.dataset.items.values()
+
+    def draw(self, split, count, start=0):
+        """`count` queries, the kinds in turn; the same for the same (seed, split). start: the first round over the targets, so
+        that different ranges of it give different queries. Raises InputError where a kind finds no query."""
+        streams = {kind: self._stream(kind, split, start) for kind in self.kinds}
+        return [next(streams[self.kinds[n % len(self.kinds)]]) for n in range(count)]
+
+    def _stream(self, kind, split, start):
+        targets = self.dataset.targets(split, f"{self.seed}/{kind}/{start}")
+        for number in range(start, start + 10**6):
+            found = False
+            for target in targets:
+                if query := self.query(kind, split, target, number):
+                    found = True
+                    yield query
+            if not found:
+                raise InputError(f"{self.dataset.name}: none of its {len(targets)} {split} examples gives a query of kind {kind}; "
+                                 f"leave that kind out, or lower --num-candidates")
+
+    def query(self, kind, split, target, number=0):
+        """The `number`-th query of a (user, position) target, or None where it gives none of this kind."""
+        user, position = target
+        rng = random.Random(f"{self.seed}/query/{split}/{user}/{position}/{kind}/{number}")
+        items, sequence = self.dataset.items, self.dataset.sequences[user]
+        positive = items[sequence[position].item_id]
+        touched = {x.item_id for x in sequence}
+        past = [items[x.item_id] for x in sequence[max(0, position - self.history_length):position] if x.item_id != positive.id]
+        facts, wrong = self.facts[positive.id], None
+        if kind == "demographics":
+            fields = [n for n in self.profile_fields if self.dataset.users.get(user, {}).get(n)]
+            fields = rng.sample(fields, min(len(fields), rng.randint(1, self.max_conditions)))
+            conditions, count = [], len(fields)
+            wishes = [", ".join(f"{n.replace('_', ' ')} {self.dataset.users[user][n]}" for n in fields)] if fields else []
+        elif kind == "interest":
+            conditions, wishes = self._common_interest(rng, past, facts)
+            count = len(conditions)
+        else:
+            count = rng.randint(1, self.max_conditions)
+            conditions = rng.sample(facts, min(count, len(facts)))
+            count = len(conditions)
+            wishes = [WORDING.get(name, ("", f"with {name.replace('_', ' ')} {{}}"))[1].format(value) for name, value in conditions]
+            for n, (name, value) in enumerate(conditions if kind == "implicit" else conditions[:1] if kind == "misinformed" else ()):
+                named = self._witnesses(rng, (name, value), touched)
+                if named is None:
+                    return None
+                touched |= {x.id for x in named}  # what the request names is not what it asks for
+                noun = WORDING.get(name, (name.replace("_", " "),))[0]
+                wishes[n] = f"with the same {noun} as " + " and ".join(x.title for x in named)
+                if kind == "misinformed":
+                    false = [v for v in self.values[name] if all(v not in x.attributes.get(name, ()) for x in (*named, positive))]
+                    if not false:
+                        return None
+                    wrong = (name, rng.choice(false))
+                    wishes[n] += f" ({noun} {wrong[1]}, if I remember rightly)"
+        candidates = self._candidates(rng, positive, conditions, wrong, touched) if wishes else None
+        if candidates is None:
+            return None
+        wish = ", ".join(wishes[:-1]) + " and " * (len(wishes) > 1) + wishes[-1]
+        text = rng.choice(TEMPLATES[f"{kind} test" if split == "test" else kind]).format(wish)
+        return Query(f"{split}/{user}/{position}/{kind}/{number}", text, kind, count, candidates, (positive.id,), user, past,
+                     tuple(conditions))
+
+    def _common_interest(self, rng, past, facts):
+        pairs = [(a, b) for n, a in enumerate(past) for b in past[:n] if a.title != b.title]
+        for a, b in rng.sample(pairs, len(pairs)):
+            common = [f for f in self.facts[a.id] if f in self.facts[b.id]]
+            if 0 < len(common) <= self.max_conditions and all(f in facts for f in common):
+                return common, [f"{a.title} and {b.title}"]
+        return [], []
+
+    def _witnesses(self, rng, fact, touched):
+        """Items that identify a value: one that has no other of that attribute, or two whose only common one it is; or None."""
+        name, value = fact
+        known = [self.dataset.items[i] for i in self.with_fact[fact] if i not in touched]
+        known = rng.sample(known, min(8, len(known)))
+        for n, a in enumerate(known):
+            if len(a.attributes[name]) == 1:
+                return [a]
+            for b in known[:n]:
+                if a.title != b.title and set(a.attributes[name]) & set(b.attributes[name]) == {value}:
+                    return [b, a]
+        return None
+
+    def _candidates(self, rng, positive, conditions, wrong, touched):
+        """The positive and negatives in random order, no two of one title; None where the catalogue has too few."""
+        items = self.dataset.items
+
+        def meets(i):
+            return conditions and all(f in self.facts[i] for f in conditions)
+
+        def proposals():
+            if wrong:
+                yield rng.choice(self.with_fact[wrong])
+            near = round(self.near_misses * (self.num_candidates - 1)) if len(conditions) > 1 else 0
+            for _ in range(near):  # meets one condition, so of two conditions all but one
+                yield rng.choice(self.with_fact[rng.choice(conditions)])
+            for _ in range(50 * self.num_candidates):
+                yield rng.choice(self.dataset.item_ids)
+
+        chosen, titles = [positive], {positive.title.casefold()}
+        for i in proposals():
+            title = items[i].title.casefold()
+            if len(chosen) < self.num_candidates and i not in touched and title not in titles and not meets(i):
+                titles.add(title)
+                chosen.append(items[i])
+        rng.shuffle(chosen)
+        return chosen if len(chosen) == self.num_candidates else None
+
+
+# --- titles -----------------------------------------------------------------------------------------------------------
+
+ARTICLE = re.compile(r"(.+?), (the|an?|l[ae]s?|l'?|los?|el|il|das|der|die|une?)(?= \(|$)")
+YEAR = re.compile(r" ?[(\[](\d{4})[)\]][\W_]*$")
+SAME = str.maketrans("‘’ʼ`“”„–—_", "''''\"\"\"-- ")  # one spelling for each; `_` stands for a space in RecBench+'s clues
+
+
+def title_key(title):
+    """(name, year or ""): equal for two spellings of one title. ("", …) when nothing is left, which must never match.
+
+    Compatibility forms (NFKC), case and white space are folded; quotes and brackets around the title and full stops after it are
+    dropped; a trailing article goes to the front. `"Godfather, The" (1972)` is ("the godfather", "1972").
+    """
+    name = " ".join(unicodedata.normalize("NFKC", title.translate(SAME)).casefold().split())
+    year = YEAR.search(name)
+    name = (name[:year.start()] if year else name).strip(" \"'*«»[]{}<>.,;:")
+    if name[:1] == "(" and (name[-1] == ")" or ")" not in name):
+        name = name.strip("()")
+    if moved := ARTICLE.match(name):
+        article = "l'" if moved[2][:1] == "l" and len(moved[2].rstrip("'")) == 1 else moved[2] + " "
+        name = article + moved[1] + name[moved.end():]
+    return name, year[1] if year else ""
+
+
+# --- RecBench+ --------------------------------------------------------------------------------------------------------
+
+RECBENCH_FILES = {"explicit": "ExplicitQuery.json", "implicit": "ImplicitQuery.json", "misinformed": "MisinformedQuery.json",
+                  "interest": "InterestBasedQuery.json", "demographics": "DemographicsBasedQuery.json"}
+WHERE = "RecBench+ (arXiv 2503.09382) publishes its dataset folder at https://github.com/jiani-huang/RecBench"
+
+
+@dataclass
+class RecBench:
+    """One domain of the benchmark.
+
+    items: the catalogue. Attributes are those of the catalogue file (a movie's genres), which *every* item has: safe to show.
+    facts: item id -> relation -> values, from the conditions and clues of the queries. They are there for right items and hardly
+    for others, so a prompt that showed them would give the answer away: for the item-attribute graph alone, `graph_items`.
+    touched: user -> ids of everything the user rated, where ratings.dat is there; never drawn as a negative.
+    left_out: query id -> why; a query none of whose right titles is in the catalogue.
+    """
+
+    items: dict[str, Item]
+    queries: list[Query]
+    facts: dict[str, dict[str, tuple[str, ...]]]
+    touched: dict[str, set[str]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def graph_items(self):
+        """The catalogue with the facts among the attributes: for the item-attribute graph, never for a prompt."""
+        merged = {}
+        for i, item in self.items.items():
+            attributes = dict(item.attributes)
+            for relation, values in self.facts.get(i, {}).items():
+                attributes[relation] = tuple(dict.fromkeys(attributes.get(relation, ()) + values))
+            merged[i] = replace(item, attributes=attributes)
+        return merged
+
+    def holders(self):
+        """(relation, value) -> ids of the items known to have it."""
+        held = defaultdict(set)
+        for i, item in self.graph_items().items():
+            for relation, values in item.attributes.items():
+                for value in values:
+                    held[relation, value].add(i)
+        return held
+
+
+def load_recbench(folder, domain="movie", kinds=None, history_length=10):
+    """Read dataset/{domain}/ of a RecBench+ copy. kinds: which query files must be there; None takes those that are.
+
+    movie: movies.dat (`id::title (year)::genre|genre`) is the catalogue, ids are its ids; ratings.dat (`user::id::rating::time`)
+    beside it is optional and gives histories, without the right items and all others known to meet the conditions.
+    book: books.dat (`id::title`) where it is there; else every book that a record names, its title as id.
+    Raises InputError for what is missing or malformed.
+    """
+    if domain not in ("movie", "book"):
+        raise InputError(f"RecBench+ has the domains movie and book, not {domain!r}")
+    base = Path(folder).expanduser()
+    base = next((b for b in (base / "dataset" / domain, base / domain) if b.is_dir()), None)
+    if base is None:
+        raise InputError(f"{folder}: no folder dataset/{domain} there. {WHERE}")
+    found = [k for k, name in RECBENCH_FILES.items() if (base / name).is_file()]
+    for kind in found if kinds is None else kinds:
+        if kind not in RECBENCH_FILES:
+            raise InputError(f"RecBench+ has the kinds {', '.join(RECBENCH_FILES)}, not {kind!r}")
+        if kind not in found:
+            raise InputError(f"{base}: {RECBENCH_FILES[kind]} is missing. {WHERE}")
+    if not found:
+        raise InputError(f"{base}: no query file there (such as {RECBENCH_FILES['explicit']}). {WHERE}")
+    catalogue = base / f"{domain}s.dat"
+    grows = not catalogue.is_file()
+    if domain == "movie" and grows:
+        raise InputError(f"{base}: movies.dat is missing: the catalogue, MovieLens 1M's file of that name. {WHERE}")
+    items, index = ({}, {}) if grows else _read_catalogue(catalogue)
+
+    def resolve(title, item_id=None):
+        """The id of a title, or None. An id that the catalogue has goes before the title, which may be misencoded."""
+        if item_id is not None and str(item_id) in items:
+            return str(item_id)
+        key = title_key(title)
+        known = index.get(key) or index.get(title_key(_ascii(title)))
+        if known is None and grows and key[0]:
+            known = index[key] = clean(title)
+            items.setdefault(known, Item(known, known))
+        return known
+
+    records = {}  # query id -> fields, in file order
+    facts = defaultdict(lambda: defaultdict(dict))  # the innermost dict is an ordered set
+    for kind in found if kinds is None else kinds:
+        read = _condition_record if kind in ("explicit", "implicit", "misinformed") else _profile_record
+        for number, record in enumerate(_read_json_list(base / RECBENCH_FILES[kind])):
+            where = f"{base / RECBENCH_FILES[kind]} record {number}"
+            if not isinstance(record, dict):
+                raise InputError(f"{where}: expected an object, found {str(record)[:60]!r}")
+            for suffix, fields in read(record, where, domain, kind):
+                name = f"{domain}-{kind}-{record.get('data_idx', number)}{suffix}"
+                while name in records:
+                    name += "+"
+                truths = [resolve(t, i) for t, i in zip(fields["titles"], fields.pop("ids"))]
+                fields["truths"] = tuple(dict.fromkeys(t for t in truths if t))
+                clues = [(resolve(t), relation, value) for t, relation, value in fields.pop("clues")]
+                for i, relation, value in [(t, *c) for t in fields["truths"] for c in fields["conditions"]] + clues:
+                    if i and value:
+                        facts[i][relation][value] = None
+                records[name] = fields | {"kind": kind}
+    facts = {i: {relation: tuple(values) for relation, values in f.items()} for i, f in facts.items()}
+    bench = RecBench(items, [], facts)
+    ratings = _read_ratings(base / "ratings.dat", items)
+    bench.touched = {user: set(rated) for user, rated in ratings.items()}
+    held = bench.holders() if ratings else {}
+    for name, fields in records.items():
+        past = [resolve(t) for t in fields.pop("past")]
+        if not past and fields["user"] in ratings:
+            avoid = set(fields["truths"]).union(_meeting(held, fields["conditions"]))
+            past = [i for i in ratings[fields["user"]] if i not in avoid]
+        history = [items[i] for i in past if i and i not in fields["truths"]][-history_length:]
+        if fields["truths"]:
+            bench.queries.append(Query(id=name, candidates=[], history=history, **fields))
+        else:
+            bench.left_out[name] = f"not in the catalogue: {', '.join(fields['titles'])[:200]}"
+    return bench
+
+
+def recbench_queries(bench, queries=None, num_candidates=20, seed=0):
+    """The queries (None: all) with candidates: one right item and negatives, shuffled. A list follows from (seed, query id).
+
+    Negatives are uniform over the catalogue, without the right items, the history, what the user rated, and the items that are
+    known to meet all conditions [C]: those are right answers too, only not this user's. No two candidates have the same title.
+    """
+    if num_candidates < 2:
+        raise InputError(f"a list needs at least 2 candidates, not {num_candidates}")
+    ids, held, lists = list(bench.items), bench.holders(), []
+    for query in bench.queries if queries is None else queries:
+        rng = random.Random(f"{seed}/{query.id}")
+        excluded = {*query.truths, *(h.id for h in query.history), *bench.touched.get(query.user, ()),
+                    *_meeting(held, query.conditions)}
+        taken = {bench.items[t].title for t in query.truths}
+        positive = rng.choice(query.truths)
+        for size in (len(excluded) + 2 * num_candidates, len(ids)):  # the second only when many titles are equal
+            drawn = [i for i in rng.sample(ids, min(size, len(ids))) if i not in excluded]
+            unequal = {bench.items[i].title: i for i in drawn if bench.items[i].title not in taken}
+            negatives = list(unequal.values())[:num_candidates - 1]
+            if len(negatives) == num_candidates - 1:
+                break
+        else:
+            raise InputError(f"query {query.id}: {num_candidates} candidates need {num_candidates - 1} wrong items, but only "
+                             f"{len(negatives)} of the catalogue's {len(ids)} are left; lower the number of candidates")
+        chosen = [positive, *negatives]
+        rng.shuffle(chosen)
+        lists.append(replace(query, candidates=[bench.items[i] for i in chosen], truths=(positive,)))
+    return lists
+
+
+def split_queries(queries, seed=0, train=0.8, validation=0.1):
+    """{"train", "validation", "test"} -> queries, in their order. A query's split follows from the seed and its user alone, so it
+    stays when files grow. By user, not by query id [C]: a misinformed record repeats the user and the answer of an explicit one,
+    which would then stand in training and test at once. Queries without a user (interest, demographics) go by their id."""
+    splits = {"train": [], "validation": [], "test": []}
+    for query in queries:
+        u = random.Random(f"{seed}/split/{query.user or query.id}").random()
+        splits["train" if u < train else "validation" if u < train + validation else "test"].append(query)
+    return splits
+
+
+def _meeting(held, conditions):
+    """Ids of the items known to meet all conditions; none where there are no conditions."""
+    return set.intersection(*(held.get(c, set()) for c in conditions)) if conditions else set()
+
+
+def _ascii(title):
+    """The title without its non-ASCII characters: all that a title shares with its own misencoded form."""
+    return "".join(c for c in title if c.isascii())
+
+
+def _one_line(text):
+    return " ".join(filter(None, map(clean, text.split())))  # by words: `clean` cuts at MAX_TEXT, which is for titles
+
+
+def _read_dat(path, num_fields):
+    """(line number, fields) of a `::` file: UTF-8, or Latin-1 as MovieLens publishes it."""
+    raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = raw.decode("latin-1")
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            fields = line.rstrip("\r").split("::")
+            if len(fields) < num_fields or not fields[0].strip():
+                raise InputError(f"{path} line {number}: expected {num_fields} or more fields between `::`, found {line[:60]!r}")
+            yield number, [f.strip() for f in fields]
+
+
+def _read_catalogue(path):
+    """id -> Item, and title key -> id. Characters lost upstream (U+FFFD) are dropped: no model could copy them into an answer."""
+    items, index = {}, {}
+    for _, (item_id, title, *genres) in _read_dat(path, 2):
+        values = tuple(filter(None, map(clean, genres[0].split("|")))) if genres else ()
+        title_shown = clean(title.replace("\ufffd", "")) or f"untitled {item_id}"
+        items[item_id] = Item(item_id, title_shown, {"genre": values} if values else {})
+        for key in {title_key(title), title_key(_ascii(title))} if "\ufffd" in title else {title_key(title)}:
+            if key[0]:
+                index.setdefault(key, item_id)
+    if not items:
+        raise InputError(f"{path}: the catalogue is empty")
+    return items, index
+
+
+def _read_ratings(path, items):
+    """user -> item ids, oldest first; {} where there is no such file."""
+    ratings = defaultdict(list)
+    for number, fields in _read_dat(path, 4) if path.is_file() else ():
+        if fields[1] not in items or not fields[3].isdigit():
+            raise InputError(f"{path} line {number}: expected user::item::rating::time with an item of the catalogue")
+        ratings[fields[0]].append((int(fields[3]), fields[1]))
+    return {user: [i for _, i in sorted(rated, key=lambda r: r[0])] for user, rated in ratings.items()}
+
+
+def _read_json_list(path):
+    try:
+        records = json.loads(path.read_text("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # a decoding error is a ValueError too
+        raise InputError(f"{path}: not valid JSON ({error}); is the download complete?") from None
+    if not isinstance(records, list):
+        raise InputError(f"{path}: expected a list of records, found {type(records).__name__}")
+    return records
+
+
+def _texts(record, name, where):
+    """A field that must be a non-empty list of non-empty texts."""
+    value = record.get(name)
+    if not (isinstance(value, list) and value and all(isinstance(t, str) and t.strip() for t in value)):
+        raise InputError(f"{where}: `{name}` must be a list of titles, found {str(value)[:60]!r}")
+    return tuple(value)
+
+
+def _text(record, names, where):
+    """The first of the fields that is there, which must be a text."""
+    value = next((record[n] for n in names if record.get(n)), None)
+    if not isinstance(value, str) or not _one_line(value):
+        raise InputError(f"{where}: `{names[0]}` must be the query's text, found {str(value)[:60]!r}")
+    return _one_line(value)
+
+
+def _condition_record(record, where, domain, kind):
+    """[("", fields)] of an explicit, implicit or misinformed record."""
+    titles = _texts(record, f"{domain}Subset", where)
+    ids = record.get(f"{domain}SubsetId", [None] * len(titles))  # books have none
+    if not isinstance(ids, list) or len(ids) != len(titles):
+        raise InputError(f"{where}: `{domain}SubsetId` must hold one id for each title of `{domain}Subset`")
+    shared = record.get("sharedRelationships")
+    if not (isinstance(shared, list) and shared and all(isinstance(c, list) and len(c) == 2 for c in shared)):
+        raise InputError(f"{where}: `sharedRelationships` must be a list of [relation, value], found {str(shared)[:60]!r}")
+    if not isinstance(record.get("condition_num"), int):
+        raise InputError(f"{where}: `condition_num` must be a number, found {str(record.get('condition_num'))[:60]!r}")
+    conditions = tuple((str(relation).lower(), clean(str(value))) for relation, value in shared)
+    clues = []
+    for clue in [*(record.get("multihop_info") or []), *(record.get("misinformed") or [])]:
+        value = clue.get("original person", clue.get("person")) if isinstance(clue, dict) else None  # never the wrong one
+        if value and isinstance(title := clue.get(domain), str) and clue.get("relation"):
+            clues.append((title, str(clue["relation"]).lower(), clean(str(value))))
+    names = ("query",) if kind == "misinformed" else ("situational_description_query", "direct_description_query")
+    text = _text(record, names, where)
+    return [("", {"text": text, "num_conditions": record["condition_num"], "user": str(record.get("source_user", "")),
+                  "titles": titles, "ids": ids, "conditions": conditions, "clues": clues,
+                  "past": _titles(record.get("history_sample"))})]
+
+
+def _profile_record(record, where, domain, kind):
+    """[("-0", fields), …], one for each query of an interest or demographics record; numbered as the benchmark's evaluation does,
+    which passes over empty ones."""
+    children = record.get("query & ground true")
+    if not isinstance(children, list) or not all(isinstance(c, dict) for c in children):
+        raise InputError(f"{where}: `query & ground true` must be a list of objects, found {str(children)[:60]!r}")
+    past = _titles(record.get(f"Shared consecutive {domain}s"))
+    queries = []
+    for n, child in enumerate(filter(None, children)):
+        titles = _texts(child, f"{domain} subset", f"{where} query {n}")
+        queries.append((f"-{n}", {"text": _text(child, ("query",), f"{where} query {n}"), "num_conditions": 0, "user": "",
+                                  "titles": titles, "ids": [None] * len(titles), "conditions": (), "clues": [], "past": past}))
+    return queries
+
+
+def _titles(value):
+    return [t for t in value if isinstance(t, str)] if isinstance(value, list) else []
+
+
+class RecBenchQueries:
+    """The benchmark's queries as a source of them, like QueryBuilder: users apart in training, validation and test."""
+
+    def __init__(self, bench, kinds=None, num_candidates=20, seed=0):
+        self.bench, self.num_candidates, self.seed = bench, num_candidates, seed
+        there = {q.kind for q in bench.queries}
+        self.kinds = tuple(k for k in (kinds or KINDS) if k in there)
+        if missing := [k for k in kinds or () if k not in there]:
+            raise InputError(f"no {', '.join(missing)} queries in these files; there are {', '.join(k for k in KINDS if k in there)}")
+        self.splits = split_queries([q for q in bench.queries if q.kind in self.kinds], seed)
+
+    def graph_items(self):
+        return self.bench.graph_items().values()
+
+    def draw(self, split, count, start=0):
+        """At most `count` queries, each once. start > 0: as many as asked for, with other negatives, the queries coming round again."""
+        pool = self.splits[split]
+        if not pool:
+            raise InputError(f"the {split} split of these RecBench+ files is empty ({len(self.bench.queries)} queries in all): it takes more records")
+        order = random.Random(f"{self.seed}/{split}/{start}").sample(pool, len(pool))
+        chosen = list(itertools.islice(itertools.cycle(order), count)) if start else order[:count]
+        return recbench_queries(self.bench, chosen, self.num_candidates, f"{self.seed}/{start}" if start else self.seed)
+
+
+def query_source(dataset, kinds=None, max_conditions=3, num_candidates=20, history_length=10, seed=0):
+    """Where the queries of a data set come from: RecBench+'s own, or built from its attributes. Raises InputError."""
+    if dataset.bench:
+        return RecBenchQueries(dataset.bench, kinds, num_candidates, seed)
+    return QueryBuilder(dataset, kinds, max_conditions, num_candidates, history_length, seed=seed)

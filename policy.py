@@ -133,6 +133,43 @@ def build_tiny(texts, seed=0, vocab_size=2000, hidden_size=192, num_layers=2, nu
     return model, tokenizer
 
 
+@torch.no_grad()
+def add_words(model, tokenizer, words):
+    """Make each of `words` one token of a tiny model. Its embedding starts as the sum of its pieces' (so that a title is alike to
+    the words in it) and a random part (so that it is nothing but itself)."""
+    pieces = [tokenizer(w, add_special_tokens=False).input_ids for w in words]
+    tokenizer.add_tokens(list(words))
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    weight, scale = model.get_input_embeddings().weight, model.config.initializer_range
+    for i, ids in zip(tokenizer.convert_tokens_to_ids(list(words)), pieces):
+        weight[i] = weight[ids].sum(0) / len(ids)**0.5 + 0.5 * scale * torch.randn_like(weight[i])
+
+
+@torch.no_grad()
+def favour_copying(model, offsets=(1, 2, 3), sharpness=5.0):
+    """Initialise a tiny model as a copying machine, which lets it learn to pick from a list in hundreds of steps, not thousands.
+
+    What a head attends to it hands on as it is (output = value projection transposed, beside key = query); the MLPs start small;
+    the first layer's first heads attend `offsets` tokens back: biases b for the query and b rotated by the offset for the key
+    make their product largest there, since rotary positions turn both by their position.
+    """
+    size = model.config.hidden_size // model.config.num_attention_heads
+    base = model.config.rope_parameters["rope_theta"]
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.copy_(layer.self_attn.v_proj.weight.T)
+        layer.mlp.down_proj.weight.mul_(0.1)
+    attention = model.model.layers[0].self_attn
+    for head, offset in enumerate(offsets):
+        start = head * size
+        for projection in (attention.q_proj, attention.k_proj):
+            projection.weight[start:start + size] *= 0.1
+        for f in range(4):  # the fastest frequencies tell neighbours apart
+            angle = torch.tensor(offset * base ** (-2 * f / size))
+            attention.q_proj.bias[start + f] = sharpness
+            attention.k_proj.bias[start + f] = sharpness * angle.cos()
+            attention.k_proj.bias[start + size // 2 + f] = sharpness * angle.sin()
+
+
 # --- saving ----------------------------------------------------------------------------------------------------------
 
 CHECKSUMS = "checksums.json"
@@ -147,7 +184,7 @@ def save_directory(folder, write):
     temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        temporary.mkdir()  # not its parents: a run directory that vanished is an error
         write(temporary)
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
         (temporary / CHECKSUMS).write_text(json.dumps({str(p.relative_to(temporary)): _sha256(p) for p in files}, indent=1) + "\n")

@@ -122,7 +122,21 @@ def test_a_slow_server_is_waited_for(tmp_path):
     assert len(seen) == 1
 
 
-@pytest.mark.parametrize("body, name", [(BIG[:-6], "a.gz"), (BIG[:5000] + b"\0\0\0" + BIG[5003:], "a.gz"), (b"<html>moved</html>", "a.gz"),
+def test_a_zip_cut_without_an_announced_length_resumes(tmp_path):
+    body = io.BytesIO()
+    with zipfile.ZipFile(body, "w") as z:
+        z.writestr("x", BIG[:300_000])
+    with server({"/a.zip": body.getvalue()}, cut=100_000, length=False) as (base, _):
+        assert data.fetch(f"{base}/a.zip", tmp_path).read_bytes() == body.getvalue()
+
+
+def test_urls_that_are_none(tmp_path):
+    for mirror in ("foo", "http://[::1"):
+        with pytest.raises(InputError, match="not a URL"):
+            data.load("beauty", cache_dir=tmp_path, mirror=mirror)
+
+
+@pytest.mark.parametrize("body, name", [(b"", "a.gz"), (b"", "a.zip"), (BIG[:-6], "a.gz"), (BIG[:5000] + b"\0\0\0" + BIG[5003:], "a.gz"), (b"<html>moved</html>", "a.gz"),
                                         (b"PK\3\4nonsense", "a.zip")])
 def test_what_never_comes_whole_is_an_error_and_no_file(tmp_path, body, name):
     with server({f"/{name}": body}) as (base, _):
@@ -303,7 +317,9 @@ def test_skip_bad_lines_counts_and_reports(tmp_path, capsys):
     good = [json.dumps({"reviewerID": u, "asin": i, "overall": r, "unixReviewTime": t}) for u, i, r, t in REVIEWS]
     with server(files_2014(good[:2] + ["{broken", "x" * (data.MAX_LINE + 10)] + good[2:], META + ["nonsense"])) as (base, _):
         d = data.load("beauty", cache_dir=tmp_path, mirror=base, skip_bad_lines=True)
-    said = capsys.readouterr().err
+        said = capsys.readouterr().err
+        data.load("beauty", cache_dir=tmp_path, mirror=base, skip_bad_lines=True)  # from the parsed cache: reported all the same
+        assert [line for line in capsys.readouterr().err.splitlines() if "skipped" in line] == [line for line in said.splitlines() if "skipped" in line]
     assert "skipped 2 bad lines of" in said and "line 3" in said and "skipped 1 bad line of" in said
     assert sum(map(len, d.sequences.values())) == len(REVIEWS) and d.items["B1"].title.startswith("L'Oreal")
 
@@ -334,3 +350,17 @@ def test_the_parsed_cache_follows_its_files(tmp_path):
     assert data.load("beauty", cache_dir=tmp_path).items["B1"].title.startswith("L'Oreal")
     put(files_2014(reviews=[json.dumps({"reviewerID": "A", "asin": "B1", "overall": 1, "unixReviewTime": 1})]))
     assert list(data.load("beauty", cache_dir=tmp_path).items) == ["B1"]
+
+
+def test_odd_metadata_counts_as_missing(tmp_path):
+    odd = ["{'asin': 'B1', 'title': 3, 'brand': ['x'], 'categories': 'Beauty'}", "{'asin': 'B2', 'title': 'T', 'categories': {'a': 1}}",
+           "{'asin': 'B3', 'title': 'U', 'categories': [['Beauty', None, 'Nails']]}"]
+    with server(files_2014(meta=odd)) as (base, _):
+        items = data.load("beauty", cache_dir=tmp_path, mirror=base).items
+    assert [items[i].attributes for i in ("B1", "B2", "B3")] == [{}, {}, {"categories": ("Nails",)}] and items["B1"].title == "untitled"
+
+
+def test_the_very_same_row_twice_is_one(tmp_path):
+    good = [json.dumps({"reviewerID": u, "asin": i, "overall": r, "unixReviewTime": t}) for u, i, r, t in REVIEWS + REVIEWS[:2]]
+    with server(files_2014(reviews=good)) as (base, _):
+        assert sum(map(len, data.load("beauty", cache_dir=tmp_path, mirror=base).sequences.values())) == len(REVIEWS)
