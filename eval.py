@@ -5,6 +5,7 @@
     python eval.py --baselines --data beauty                  what a reviewer will ask for, on the same lists
     python eval.py --baselines --full --data beauty           the baselines rank the whole catalogue
     python eval.py --run runs/toy-tiny --explain 3            three lists as a person wants to see them
+    python eval.py --open-ended answers.jsonl --data recbench:movie --data-dir DIR    RecBench+'s metrics without candidates
 
 Every system is a function from lists to scores and goes through `evaluate`. Equal scores count as the expected value over random
 orders of the tied, so no system gains by being undecided. Intervals resample users, not lists.
@@ -21,6 +22,7 @@ lists they see what the language model sees, the last --history-length interacti
 """
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
@@ -41,8 +43,9 @@ from tqdm import tqdm
 import data
 import policy
 import r2r
+import rerec
 from data import InputError, describe
-from rewards import fit_lightgcn
+from rewards import fit_lightgcn, open_ended
 
 CUTOFFS = (1, 5, 10, 20)
 METRICS = [*(f"ndcg@{k}" for k in CUTOFFS), *(f"hr@{k}" for k in CUTOFFS), "mrr", "rank"]
@@ -116,9 +119,9 @@ def intervals(columns, users=None, samples=2000, seed=0):
     return {n: {"mean": m, "low": a, "high": b} for n, m, a, b in zip(names, values.mean(0).tolist(), low, high)}
 
 
-def interval(values, users=None):
+def interval(values, users=None, **settings):
     """intervals() of one column."""
-    return intervals({"": values}, users)[""]
+    return intervals({"": values}, users, **settings)[""]
 
 
 def evaluate(scores, examples):
@@ -476,12 +479,14 @@ def slice_table(dimensions, metric="ndcg@10"):
 def write_eval(path, name, examples, systems, keep_other_systems=False, **more):
     """Write eval.json. With keep_other_systems, systems that an earlier file holds on the very same lists stay in it."""
     path = Path(path)
-    ids = [(e.user, [h.id for h in e.history], [c.id for c in e.candidates]) for e in examples]
+    ids = [(e.user, [h.id for h in e.history], [c.id for c in e.candidates], list(e.truths if hasattr(e, "truths") else e.relevance))
+           for e in examples]
     lists = hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
     if keep_other_systems and path.exists():
-        earlier = json.loads(path.read_text())
-        if (earlier["data"], earlier["lists"]) == (name, lists):
-            systems = earlier["systems"] | systems
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # what --full wrote, or what is no report at all
+            earlier = json.loads(path.read_text())
+            if (earlier["data"], earlier["lists"]) == (name, lists):
+                systems = earlier["systems"] | systems
     report = {"data": name, "num_lists": len(examples), "lists": lists, "systems": systems, **more}
     path.write_text(json.dumps(report, indent=1) + "\n")
     return systems
@@ -491,9 +496,9 @@ def save_predictions(path, examples, scores):
     """Ranked lists in TREC format, `query Q0 item rank score system` a line, and the judgements in PATH.qrels.
 
     scores: {system: [(K,) …]}. A query is named LINE/USER: its line in the file of --save-candidates, and the user. White space in
-    names becomes `_`. Tied scores are written in random order, with their true, equal scores.
+    names becomes %20 and the like, `%` becomes %25: two names never meet. Tied scores are written in random order, with their true, equal scores.
     """
-    name = lambda text: re.sub(r"\s", "_", str(text)) or "_"
+    name = lambda text: re.sub(r"[\s%]", lambda m: f"%{ord(m[0]):02X}", str(text)) or "%"
     queries = [f"{n}/{name(e.user)}" for n, e in enumerate(examples, start=1)]
     with open(path, "w", encoding="utf-8") as f:
         for system, lists in scores.items():
@@ -503,6 +508,106 @@ def save_predictions(path, examples, scores):
     with open(f"{path}.qrels", "w", encoding="utf-8") as f:
         for query, e in zip(queries, examples):
             f.writelines(f"{query} 0 {name(c.id)} {y:g}\n" for c, y in zip(e.candidates, e.relevance))
+
+
+# --- requests (ReRec) ---------------------------------------------------------------------------------------------------------
+
+
+def query_answers(model, tokenizer, queries, sampling, personalized=False, list_length=1, label="eval"):
+    """A language model's greedy answers to requests, a few at a time: [(text, metrics)]."""
+    results = []
+    with tqdm(total=len(queries), desc=label, unit="request", leave=False) as bar:
+        for start in range(0, len(queries), sampling.max_rows):
+            part = queries[start:start + sampling.max_rows]
+            results += rerec.answer(model, tokenizer, part, replace(sampling, greedy=True), personalized, list_length)
+            bar.update(len(part))
+    return results
+
+
+def summarise_queries(queries, rows):
+    """{metric: interval} over all requests, and the same under by_kind and by_conditions."""
+    def summary(chosen):
+        return {m: interval([rows[n][m] for n in chosen]) for m in rerec.METRICS} | {"num_queries": len(chosen)}
+
+    def split(label):
+        values = sorted({label(q) for q in queries})
+        return {v: summary([n for n, q in enumerate(queries) if label(q) == v]) for v in values}
+
+    return summary(range(len(queries))) | {"by_kind": split(lambda q: q.kind), "by_conditions": split(lambda q: str(q.num_conditions))}
+
+
+def query_table(systems):
+    """Accuracy by kind and by number of conditions, a column a system; then NDCG@10, format and length."""
+    lines = [f"{'accuracy (top-1)':<18} {'requests':>8}" + "".join(f" {name:>9}" for name in systems)]
+    first = next(iter(systems.values()))
+
+    def line(label, parts, metric="accuracy", digits=3):
+        lines.append(f"{label:<18} {parts[0]['num_queries']:8d}" + "".join(f" {p[metric]['mean']:9.{digits}f}" for p in parts))
+
+    for kind in first["by_kind"]:
+        line(kind, [s["by_kind"][kind] for s in systems.values()])
+    for n in first["by_conditions"]:
+        line(f"{n} condition{'s' * (n != '1')}", [s["by_conditions"][n] for s in systems.values()])
+    line("all", list(systems.values()))
+    lines.append(f"{'  95% interval':<27}" + "".join(f" {s['accuracy']['low']:.2f}-{s['accuracy']['high']:.2f}" for s in systems.values()))
+    for label, metric, digits in (("NDCG@10", "ndcg@10", 3), ("format rate", "format_rate", 3), ("tokens a response", "length", 1)):
+        line(label, list(systems.values()), metric, digits)
+    return "\n".join(lines)
+
+
+def evaluate_rerec_run(args, flags, out, dataset, device, dtype):
+    """eval.py --run on a run of --method rerec: its checkpoint on its own test requests, with its own settings."""
+    model, tokenizer = policy.load(args.model, device, dtype)
+    fill_model_defaults(args, model)
+    source = data.query_source(dataset, flags["query_kinds"], flags["max_conditions"], args.num_candidates, args.history_length, args.seed)
+    queries = source.draw("test", args.eval_lists)
+    results = query_answers(model, tokenizer, queries, sampling_of(args), flags["personalized"], flags["list_length"])
+    rows = {"random": rerec.random_metrics(queries, flags["list_length"], args.seed), "rl": [metrics for _, metrics in results]}
+    systems = write_eval(out, dataset.name, queries, {name: summarise_queries(queries, r) for name, r in rows.items()}, True)
+    for n, (query, (text, metrics)) in enumerate(list(zip(queries, results))[:args.explain or 0]):
+        print(f"\n=== request {n + 1} ({query.kind}): {query.text}")
+        for c in query.candidates:
+            print(f" {'*' if c.id in query.truths else ' '} {describe(c)}")
+        print(textwrap.indent(text.strip() or "(no answer)", "   | ") + f"\n   {'right' if metrics['accuracy'] else 'wrong'}")
+    print(f"{dataset.name}: {len(queries)} test requests of {args.num_candidates} candidates\n{query_table(systems)}\nwritten to {out}")
+
+
+def read_responses(path, queries):
+    """[(query, response)] of a JSONL of {"id", "response"}; an id is the query's, or the benchmark's own, its last part. Raises InputError."""
+    by_id = {}
+    for q in queries:
+        for name in {q.id, q.id.split("-", 2)[-1]}:
+            by_id.setdefault(name, []).append(q)
+    pairs = []
+    for number, line in data.read_lines(path, data.BadLines()):
+        try:
+            record = json.loads(line)
+            name, response = str(record["id"]), record["response"]
+        except data.MALFORMED as error:
+            raise InputError(f"{path} line {number}: expected {{\"id\", \"response\"}}; {type(error).__name__}: {error}") from None
+        if not isinstance(response, str):
+            raise InputError(f"{path} line {number}: the response must be a text")
+        if len(found := by_id.get(name, [])) != 1:
+            where = f"several queries have it: {', '.join(q.id for q in found[:3])}" if found else "no query has it"
+            raise InputError(f"{path} line {number}: id {name!r}: {where}")
+        pairs.append((found[0], response))
+    if not pairs:
+        raise InputError(f"{path}: no responses in it")
+    return pairs
+
+
+def evaluate_open_ended(dataset, pairs, out):
+    """RecBench+'s own metrics of answers without candidates, under its matching rule and under normalised exact match."""
+    report = {"data": dataset.name, "num_queries": len(pairs), "open_ended": {}, "queries": {q.id: {} for q, _ in pairs}}
+    print(f"{dataset.name}: {len(pairs)} open-ended answers\n{'matching':<10}" + "".join(f" {m:>10}" for m in ("precision", "recall", "ndcg", "ftr")))
+    for match in ("recbench", "exact"):
+        rows = [open_ended(response, q.titles or [c.title for c in q.candidates if c.id in q.truths], match) for q, response in pairs]
+        report["open_ended"][match] = found = intervals({m: [float(r[m]) for r in rows] for m in rows[0]}, [q.user or q.id for q, _ in pairs])
+        for (q, _), row in zip(pairs, rows):
+            report["queries"][q.id][match] = row
+        print(f"{match:<10}" + "".join(f" {found[m]['mean']:10.4f}" for m in ("precision", "recall", "ndcg", "ftr")))
+    Path(out).write_text(json.dumps(report, indent=1) + "\n")
+    print(f"ftr: answers that list nothing. written to {out}")
 
 
 def explain(examples, results, count):
@@ -547,8 +652,8 @@ def positive(kind=int, zero=False):
 def add_common_flags(parser):
     """Flags that train.py and eval.py share, in groups."""
     g = parser.add_argument_group("data")
-    g.add_argument("--data", default="toy", help=f"toy; {', '.join(data.AMAZON_2014)} (Amazon 2014); amazon2023:CATEGORY; ml-100k; ml-1m; or a "
-                   "folder with NAME.inter and NAME.item (toy)")
+    g.add_argument("--data", default="toy", help=f"toy; {', '.join(data.AMAZON_2014)} (Amazon 2014); amazon2023:CATEGORY; ml-100k; ml-1m; recbench:movie or "
+                   "recbench:book, with --data-dir; or a folder with NAME.inter and NAME.item (toy)")
     g.add_argument("--split", choices=("temporal", "leave-one-out"), help="temporal: 80/10/10 by time, the default of Amazon 2023 and MovieLens; "
                    "leave-one-out: the default of Amazon 2014 and folders; the toy's users are apart")
     g.add_argument("--num-candidates", type=positive(), default=20, metavar="K", help="candidates a list, one of them the positive (20)")
@@ -556,13 +661,14 @@ def add_common_flags(parser):
     g.add_argument("--history-length", type=positive(), default=10, metavar="N", help="latest interactions shown (10)")
     g.add_argument("--candidates", metavar="FILE", help="evaluate on the lists of this JSONL: user, history, candidates (item ids), relevance")
     g.add_argument("--save-candidates", metavar="FILE", help="write the evaluated lists as such a JSONL")
+    g.add_argument("--data-dir", metavar="DIR", help="folder of the benchmark's files, for --data recbench:movie and recbench:book")
     g.add_argument("--cache-dir", metavar="DIR", help=f"for downloads and parsed files ({data.DEFAULT_CACHE})")
     g.add_argument("--mirror", metavar="URL", help="download from here instead of the official places")
     g.add_argument("--skip-bad-lines", action="store_true", help="count and report lines that cannot be read, instead of stopping there")
     g.add_argument("--since", metavar="DATE", help="drop earlier interactions, such as those before 2021-06-30")
     g.add_argument("--until", metavar="DATE", help="drop interactions of this day and later")
     g.add_argument("--core", type=positive(), default=0, metavar="N", help="then keep only users and items with N interactions, again and again")
-    g.add_argument("--require", type=lambda text: text.split(","), default=[], metavar="FIELDS", help="drop items whose Amazon metadata lack one of these, "
+    g.add_argument("--require", type=lambda text: [name.strip() for name in text.split(",")], default=[], metavar="FIELDS", help="drop items whose Amazon metadata lack one of these, "
                    "such as title,description")
     g = parser.add_argument_group("model")
     g.add_argument("--model", default="tiny", help="tiny, a local directory, a hub id, or a bare name such as Qwen2.5-1.5B (tiny)")
@@ -585,17 +691,24 @@ def add_common_flags(parser):
     g.add_argument("--seed", type=int, default=0, help="of data, weights, sampling and order (0)")
 
 
+def check_file(flag, path):
+    """Raise InputError now, and not after the work, when `path` cannot become a file."""
+    if path and (Path(path).is_dir() or not Path(path).parent.is_dir()):
+        raise InputError(f"{flag} {path}: give a file in a folder that exists")
+
+
 def check_common_flags(args):
     """The checks that need no model; returns (dataset, device, dtype). Raises InputError."""
     if args.num_candidates < 2:
         raise InputError("--num-candidates: a list to rank needs at least 2")
+    check_file("--save-candidates", args.save_candidates)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     if args.model:
         policy.resolve(args.model)
     dataset = data.load(args.data, args.split, args.seed, args.negatives, args.cache_dir, args.mirror, args.skip_bad_lines, args.since,
-                        args.until, args.core, args.require)
-    if args.num_candidates > len(dataset.items):
+                        args.until, args.core, args.require, args.data_dir)
+    if args.num_candidates > len(dataset.items) and not (args.candidates or getattr(args, "full", False)):
         raise InputError(f"--num-candidates {args.num_candidates}: {dataset.name} has only {len(dataset.items)} items")
     return dataset, device, dtype
 
@@ -627,8 +740,8 @@ def run_main(main):
     """Run a command line: what the user got wrong is one line on stderr and exit code 2."""
     try:
         main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, OSError) as error:  # a disk that is full, a folder that is gone: the error names the file
+        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
 
 
@@ -644,9 +757,13 @@ def main():
     g.add_argument("--slices", action="store_true", help="print NDCG@10 by length of the history and by popularity of the positive")
     g.add_argument("--probe-orders", type=positive(), metavar="N", help="score the same lists with their candidates in N orders, and compare")
     g.add_argument("--save-predictions", metavar="FILE", help="write ranked lists of all systems in TREC run format, judgements in FILE.qrels")
+    g.add_argument("--open-ended", nargs="?", const="", metavar="FILE", help="answers without candidates, titles separated by [SEP], by RecBench+'s own "
+                   "metrics: those of a JSONL of {id, response}, or of the model; with --data recbench:…")
     g.add_argument("--explain", type=positive(), metavar="N", help="print N lists with scores and rationales")
     g.add_argument("--out", metavar="FILE", help="default: eval.json in the run directory, or in the current one")
     args = parser.parse_args()
+    if args.run and args.model:
+        raise InputError("--run brings its own model: leave out --model, or --run")
     if args.run:
         config = Path(args.run) / "config.json"
         if not config.exists():
@@ -665,14 +782,32 @@ def main():
         raise InputError("--full is for baselines alone: add --baselines, and leave out --run and --model")
     if args.full and (args.candidates or args.save_candidates or args.save_predictions):
         raise InputError("--full ranks the whole catalogue; it goes with neither --candidates, --save-candidates nor --save-predictions")
-    if not (args.run or args.model or baselines):
+    if not (args.run or args.model or baselines or args.open_ended):
         args.model = "tiny"
+    if args.probe_orders == 1:
+        raise InputError("--probe-orders 1: there is nothing to compare; give at least 2")
     if not args.model and (args.probe_orders or args.explain):
         raise InputError("--probe-orders and --explain look at a language model: add --run or --model")
     out = Path(args.out) if args.out else Path(args.run or ".") / "eval.json"
+    check_file("--out", out)
+    check_file("--save-predictions", args.save_predictions)
     dataset, device, dtype = check_common_flags(args)
     if args.full:
         return evaluate_full(dataset, args, baselines, out)
+    if args.open_ended is not None:
+        if not dataset.bench:
+            raise InputError("--open-ended: give RecBench+'s files with --data recbench:movie --data-dir DIR; only they have answers without candidates")
+        if args.open_ended:
+            return evaluate_open_ended(dataset, read_responses(args.open_ended, dataset.bench.queries), out)
+        queries = data.query_source(dataset, seed=args.seed).draw("test", args.eval_lists or 100)
+        model, tokenizer = policy.load(args.model, device, dtype, dataset.texts(), args.seed)
+        fill_model_defaults(args, model)
+        responses = rerec.answer_open_ended(model, tokenizer, queries, replace(sampling_of(args), greedy=True))
+        return evaluate_open_ended(dataset, list(zip(queries, responses)), out)
+    if args.run and flags.get("method") == "rerec":
+        return evaluate_rerec_run(args, flags, out, dataset, device, dtype)
+    if dataset.bench:
+        raise InputError(f"--data {args.data}: these are requests, for a run of train.py --method rerec (--run DIR) or for --open-ended")
     if not args.candidates:
         dataset.examples("test", 1, args.num_candidates, args.history_length, args.seed)  # bad lists are an error before any model
     if args.model:
@@ -727,7 +862,7 @@ def evaluate_full(dataset, args, baselines, out):
     """--full: the baselines rank the whole catalogue."""
     targets = dataset.targets("test", args.seed)[:args.eval_lists]
     users, values = [u for u, _ in targets], {}
-    rankers = {name: ranker for name, ranker in fit_baselines(dataset, baselines, args.seed).items()}
+    rankers = fit_baselines(dataset, baselines, args.seed)
     if "random" in baselines:
         generator = torch.Generator().manual_seed(args.seed)
         rankers = {"random": lambda users, histories: torch.rand(len(users), len(dataset.items), generator=generator)} | rankers
@@ -735,11 +870,15 @@ def evaluate_full(dataset, args, baselines, out):
         rows = full_ranking(dataset, ranker, targets)
         values[name] = {m: [row[m] for row in rows] for m in METRICS}
     systems = {name: intervals(v, users) for name, v in values.items()}
+    examples = [data.Example(u, dataset.sequences[u][:p], [dataset.items[dataset.sequences[u][p].item_id]], [1.0]) for u, p in targets]
     report = {"data": dataset.name, "num_targets": len(targets), "num_items": len(dataset.items), "full": systems,
-              "differences": paired_differences(values, users)}
+              "differences": paired_differences(values, users), "slices": slices(values, examples, dataset.popularity())}
     out.write_text(json.dumps(report, indent=1) + "\n")
     print(f"{dataset.name}: {len(targets)} test interactions, each ranked among {len(dataset.items)} items\n"
-          f"{table(systems, ('ndcg@10', 'hr@1', 'hr@5', 'hr@10', 'hr@20', 'mrr', 'rank'))}\nwritten to {out}")
+          f"{table(systems, ('ndcg@10', 'hr@1', 'hr@5', 'hr@10', 'hr@20', 'mrr', 'rank'))}")
+    if args.slices:
+        print(slice_table(report["slices"]))
+    print(f"written to {out}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Train a language model to rank by reasoning: R2Rank (r2r.py), from cold start to table.
+"""Train a language model to rank by reasoning (R2Rank, r2r.py) or to answer requests by it (ReRec, rerec.py), to the table.
 
     python train.py                                                     the toy shop and a tiny model, on a laptop
+    python train.py --method rerec                                      the same for ReRec
     python train.py --model Qwen2.5-1.5B --data beauty                  one GPU; bfloat16 weights, float32 optimiser
     python train.py --model tiny --no-reasoning                         the control: no rationale, the head reads the prompt
 
@@ -9,12 +10,14 @@ Stages, in the order of the file:
     2. warm-up      the score head alone, on hidden states of rationales that the model samples (`--warmup-steps`)
     3. RL           rollout -> scores -> credit -> update (`--steps`)
     4. evaluation   on held-out lists, before and after RL
+ReRec has no score head and no warm-up; its stages stand in one function, `train_rerec`, at the end of the file.
 A run directory holds config.json (flags, versions), metrics.jsonl (an object a step), checkpoint/ (a Hugging Face directory and
 score_head.safetensors) and eval.json; until the run has finished, also states/, from which
 
     python train.py --resume runs/beauty-Qwen2.5-1.5B                   goes on as if nothing had happened
 
-Deviation: the optimiser is AdamW (0.9, 0.95) with a constant rate after 5% linear warm-up, without weight decay on any parameter.
+Deviation: the optimiser is AdamW (0.9, 0.95) with 5% linear warm-up, without weight decay on any parameter. After the warm-up the
+rate is constant in R2Rank's RL, and falls linearly to a tenth in the cold start and in ReRec's RL.
 """
 
 import argparse
@@ -22,6 +25,7 @@ import contextlib
 import copy
 import gc
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -40,32 +44,48 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 import eval as evaluation
+import data
 import policy
 import r2r
+import rerec
+import rewards
 from data import InputError
 
 
 def parse_flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     positive = evaluation.positive
+    parser.add_argument("--method", choices=("r2rank", "rerec"), default="r2rank", help="rank lists for users, or answer requests (r2rank)")
     evaluation.add_common_flags(parser)
     g = parser.add_argument_group("R2Rank")
     g.add_argument("--pl", choices=("exact", "sample"), default="exact", help="expected NDCG over Plackett-Luce rankings: exact, or REINFORCE (exact)")
     g.add_argument("--permutations", type=positive(), default=32, metavar="M", help="rankings drawn a column with --pl sample (32)")
     g.add_argument("--credit", choices=("item", "list"), default="item", help="advantage of a rationale: its own marginal worth, or its column's return (item)")
-    g.add_argument("--group-size", type=positive(), default=4, metavar="G", help="rationales a candidate (4)")
+    g = parser.add_argument_group("ReRec (--method rerec)")
+    g.add_argument("--query-kinds", metavar="KIND,…", help=f"of {', '.join(data.KINDS)} (all that the data can serve)")
+    g.add_argument("--max-conditions", type=positive(), metavar="N", help="conditions a request at most (tiny: 2, else 3)")
+    g.add_argument("--num-queries", type=positive(), metavar="N", help="training requests, which the epochs go through (tiny: 400, else 2000)")
+    g.add_argument("--reward-weights", metavar="W1,W2", help="of query alignment and preference alignment (0.01,0.01)")
+    g.add_argument("--raae-penalty", type=positive(float, zero=True), metavar="W", help="taken off a wrong paragraph's reward, as a share of it (0.3)")
+    g.add_argument("--no-raae", action="store_true", help="all tokens of a response have its reward")
+    g.add_argument("--tau", type=positive(float, zero=True), help="the next epoch drops requests easier than that (0.1)")
+    g.add_argument("--no-curriculum", action="store_true", help="every epoch holds all requests, shuffled")
+    g.add_argument("--personalized", action="store_true", help="show the user's history in the prompt")
+    g.add_argument("--list-length", type=positive(), metavar="K", help="items to answer with; the reward is their NDCG@K (1)")
+    g = parser.add_argument_group("policy optimisation")
+    g.add_argument("--group-size", type=positive(), metavar="G", help="rationales a candidate (4), or responses a request (tiny: 8, else 5)")
     g.add_argument("--clip", type=positive(float), default=0.2, metavar="EPS", help="PPO's clip range; it acts from the second update on a rollout on (0.2)")
     g.add_argument("--ppo-epochs", type=positive(), default=1, metavar="N", help="updates on each rollout (1: on-policy)")
-    g.add_argument("--kl-coef", type=positive(float, zero=True), default=0.0, metavar="BETA", help="weight of the KL to the model before RL; above 0 keeps a frozen copy (0)")
+    g.add_argument("--kl-coef", type=positive(float, zero=True), metavar="BETA", help="weight of the KL to the model before RL; above 0 keeps a frozen copy (R2Rank: 0, ReRec: 0.01)")
     g = parser.add_argument_group("optimisation")
-    g.add_argument("--steps", type=positive(zero=True), metavar="N", help="RL steps (tiny: 30, else 200)")
-    g.add_argument("--batch-lists", type=positive(), default=4, metavar="N", help="lists an RL step (4)")
-    g.add_argument("--lr", type=positive(float), help="of the language model in RL (tiny: 5e-5, else 6e-6)")
+    g.add_argument("--steps", type=positive(zero=True), metavar="N", help="RL steps (tiny: 30 or, ReRec, 80; else 200)")
+    g.add_argument("--batch-lists", type=positive(), metavar="N", help="lists (4) or requests (16) an RL step")
+    g.add_argument("--lr", type=positive(float), help="of the language model in RL (tiny: 5e-5 or, ReRec, 1.5e-4; else 6e-6 or 5e-6)")
     g.add_argument("--head-lr", type=positive(float), help="of the score head in RL (tiny: 3e-4, else 3e-5)")
     g.add_argument("--warmup-steps", type=positive(zero=True), metavar="N", help="batches rolled out to fit the score head alone (tiny: 2, else 4)")
-    g.add_argument("--sft-steps", type=positive(zero=True), metavar="N", help="cold-start steps (tiny: 400; with --teacher: 200; else 0)")
-    g.add_argument("--sft-lists", type=positive(), default=4, metavar="N", help="lists a cold-start step, with up to 9 traces each (4)")
-    g.add_argument("--sft-lr", type=positive(float), help="of the cold start (tiny: 1e-3, else 1e-5)")
+    g.add_argument("--sft-steps", type=positive(zero=True), metavar="N", help="cold-start steps (tiny: 400 or, ReRec, 550; with --teacher: 200; else 0)")
+    g.add_argument("--sft-lists", type=positive(), metavar="N", help="lists a cold-start step, with up to 9 traces each (4), or requests, with 3 (8)")
+    g.add_argument("--sft-lr", type=positive(float), help="of the cold start (tiny: 1e-3 or, ReRec, 1.5e-3; else 1e-5)")
     g.add_argument("--teacher", metavar="MODEL|FILE", help="who writes the cold start's traces: `template`, a model like --model, or a JSONL "
                    "of {history, candidate, label, trace} (tiny: template)")
     g.add_argument("--teacher-traces", type=positive(), default=1000, metavar="N", help="(user, item) pairs a teacher model is asked about (1000)")
@@ -78,7 +98,10 @@ def parse_flags():
     g.add_argument("--save-every", type=positive(), default=50, metavar="N", help="steps between saved states (50)")
     g.add_argument("--keep", type=positive(), default=1, metavar="N", help="saved states to keep (1)")
     args = parser.parse_args()
-    return resumed_flags(parser, args) if args.resume else args
+    if args.resume:
+        return resumed_flags(parser, args)
+    check_method_flags(parser, args)
+    return args
 
 
 MAY_CHANGE = ("device", "micro_batch", "rollout_rows", "save_every", "keep", "cache_dir", "mirror")  # on --resume; the rest has a meaning
@@ -109,6 +132,47 @@ def resumed_flags(parser, args):
         raise InputError("--overwrite would delete what --resume goes on with; drop one of the two")
     args.out = args.resume
     return args
+
+
+R2RANK_FLAGS = ("pl", "permutations", "credit", "head_lr", "warmup_steps", "no_reasoning", "eval_samples", "candidates", "save_candidates", "negatives")
+REREC_FLAGS = ("query_kinds", "max_conditions", "num_queries", "reward_weights", "raae_penalty", "no_raae", "tau", "no_curriculum",
+               "personalized", "list_length")
+
+
+def check_method_flags(parser, args):
+    """Refuse flags that the method would ignore, and ReRec's contradictions; fill what does not depend on the model."""
+    for name in REREC_FLAGS if args.method == "r2rank" else R2RANK_FLAGS:
+        if getattr(args, name) != parser.get_default(name):
+            other = "rerec" if args.method == "r2rank" else "r2rank"
+            raise InputError(f"--{name.replace('_', '-')} belongs to --method {other}; with --method {args.method} it has no effect, so drop it")
+    rerec_run = args.method == "rerec"
+    args.kl_coef = (0.01 if rerec_run else 0.0) if args.kl_coef is None else args.kl_coef
+    args.batch_lists = args.batch_lists or (16 if rerec_run else 4)
+    args.sft_lists = args.sft_lists or (8 if rerec_run else 4)
+    if not rerec_run:
+        args.group_size = args.group_size or 4
+        return
+    if args.group_size == 1:
+        raise InputError("--group-size 1: an advantage compares a response with others to the same request; give at least 2")
+    for off, name in (("no_raae", "raae_penalty"), ("no_curriculum", "tau")):
+        if getattr(args, off) and getattr(args, name) is not None:
+            raise InputError(f"--{off.replace('_', '-')} switches off what --{name.replace('_', '-')} sets; drop one of the two")
+    if args.teacher not in (None, "template"):
+        raise InputError("--teacher: the cold start of --method rerec has traces of the built-in template alone; for a teacher of another "
+                         "kind start from a model that it has taught (--model DIR --sft-steps 0)")
+    try:
+        weights = [float(w) for w in (args.reward_weights or "0.01,0.01").split(",")]
+    except ValueError:
+        weights = []
+    if len(weights) != 2 or not all(0 <= w < float("inf") for w in weights):
+        raise InputError(f"--reward-weights {args.reward_weights}: give two numbers, not negative, such as 0.01,0.01")
+    args.reward_weights = weights
+    args.query_kinds = args.query_kinds.split(",") if args.query_kinds else None
+    args.raae_penalty = 0.0 if args.no_raae else 0.3 if args.raae_penalty is None else args.raae_penalty
+    args.tau = 0.1 if args.tau is None else args.tau
+    args.list_length = args.list_length or 1
+    if args.list_length > args.num_candidates:
+        raise InputError(f"--list-length {args.list_length}: there are only {args.num_candidates} candidates to answer with")
 
 
 class Optimizer:
@@ -202,12 +266,12 @@ class Run:
     def __init__(self, folder, args):
         self.folder, self.args = folder, args
         self.model = self.tokenizer = self.score_head = None
-        self.streams, self.generators, self.results = {}, {}, {}
+        self.streams, self.generators, self.results, self.curriculum = {}, {}, {}, None
         self.stage, self.step, self.tensors, self.record = None, 0, {}, {}
         self.in_step = self.stopping = False
         self.failures = 0
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "states").mkdir(parents=True, exist_ok=True)
             self.lock = open(folder / ".lock", "w")
         except OSError as error:
             raise InputError(f"{folder}: cannot be written ({error})") from None
@@ -222,6 +286,7 @@ class Run:
         for path in self.folder.iterdir():
             if path.name != ".lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (self.folder / "states").mkdir()
 
     def newest_state(self):
         """The folder of the last state, or None."""
@@ -249,8 +314,12 @@ class Run:
     def log(self, stage, step, values, line=None):
         """A line of metrics.jsonl and, sometimes, one in the terminal."""
         rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
-        self.file.write(json.dumps({"stage": stage, "step": step, **rounded}) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps({"stage": stage, "step": step, **rounded}) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise InputError(f"{self.file.name}: cannot be written ({error}). The last saved state is untouched; once there is room again: "
+                             f"python train.py --resume {self.folder}") from None
         if line:
             tqdm.write(line)
 
@@ -303,11 +372,13 @@ class Run:
             shutil.rmtree(old, ignore_errors=True)
 
     def write_checkpoint(self, folder):
-        """An ordinary Hugging Face directory with the score head beside the weights."""
+        """An ordinary Hugging Face directory with the score head, or the curriculum's state, beside the weights."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         if self.score_head is not None:
             self.score_head.save(folder / "score_head.safetensors")
+        if self.curriculum is not None:
+            (folder / "curriculum.json").write_text(json.dumps(self.curriculum.state_dict()) + "\n")
 
     def finish(self):
         policy.save_directory(self.folder / "checkpoint", self.write_checkpoint)
@@ -469,7 +540,8 @@ def recorded_lessons(dataset, path, rng, reasoning=True):
 
 
 def cold_start(run, lessons, args):
-    """Supervised steps on lessons: mean negative log-likelihood of the response tokens."""
+    """Supervised steps: mean negative log-likelihood of the response tokens. lessons: each step's [(policy.Prompt, texts)], a text
+    for each of the prompt's suffixes, or several for its only one."""
     model, tokenizer = run.model, run.tokenizer
     end = policy.stop_ids(model, tokenizer)[0]
     optimizer = Optimizer([{"params": list(model.parameters()), "lr": args.sft_lr}])
@@ -477,12 +549,10 @@ def cold_start(run, lessons, args):
     for step, bar in run.steps("sft", args.sft_steps, optimizer, "cold start"):
         started = time.perf_counter()
         prefixes, owner, suffixes, responses = [], [], [], []
-        for _ in range(args.sft_lists):
-            history, candidates, texts = next(lessons)
-            prompt = r2r.build_prompt(tokenizer, history, candidates, not args.no_reasoning)
+        for prompt, texts in next(lessons):
             owner += [len(prefixes)] * len(texts)
             prefixes.append(prompt.prefix_ids)
-            suffixes += prompt.suffix_ids
+            suffixes += prompt.suffix_ids if len(prompt.suffix_ids) == len(texts) else prompt.suffix_ids * len(texts)
             responses += [tokenizer(t, add_special_tokens=False).input_ids + [end] for t in texts]
         tokens = sum(map(len, responses))
 
@@ -508,6 +578,13 @@ def cold_start(run, lessons, args):
                 if step % max(1, args.sft_steps // 5) == 0 else None)
     optimizer.close()
     model.eval()
+
+
+def list_lessons(tokenizer, lessons, args):
+    """The lessons of each step, as prompts."""
+    while True:
+        step = [next(lessons) for _ in range(args.sft_lists)]
+        yield [(r2r.build_prompt(tokenizer, history, candidates, not args.no_reasoning), texts) for history, candidates, texts in step]
 
 
 # --- 2. and 3. reinforcement learning ------------------------------------------------------------------------------------
@@ -605,87 +682,11 @@ def frozen_reference(run, args):
     return model.requires_grad_(False)
 
 
-# --- the run -----------------------------------------------------------------------------------------------------------------
-
-
-def fill_defaults(args, model):
-    """Defaults that depend on the model: `tiny` starts from nothing, everything else from a pretrained checkpoint."""
-    tiny = args.model == "tiny"
-    evaluation.fill_model_defaults(args, model)
-    args.teacher = args.teacher or ("template" if tiny or args.sft_steps else None)
-    for name, small, large in (("steps", 30, 200), ("lr", 5e-5, 6e-6), ("head_lr", 3e-4, 3e-5),
-                               ("warmup_steps", 2, 4), ("sft_steps", 400, 200 if args.teacher else 0), ("sft_lr", 1e-3, 1e-5)):
-        if getattr(args, name) is None:
-            setattr(args, name, small if tiny else large)
-
-
-def choose_run_directory(args, dataset):
-    """--out, or the first free runs/DATA-MODEL, -2, -3, …; nothing is made or deleted yet. Raises InputError."""
-    if args.out:
-        out = Path(args.out)
-        if out.exists() and any(out.iterdir()):
-            if not args.overwrite:
-                raise InputError(f"--out {out}: it exists and is not empty; choose another, or add --overwrite")
-            if not (out / "config.json").exists():
-                raise InputError(f"--out {out}: it does not look like a run directory, so --overwrite will not delete it")
-    else:
-        base = Path("runs") / f"{dataset.name}-{Path(args.model).name}"
-        out = next(p for n in range(1, 10**6) if not (p := base if n == 1 else base.with_name(f"{base.name}-{n}")).exists())
-    return out
-
-
-def main():
-    args = parse_flags()
-    started = time.perf_counter()
-    if args.no_reasoning and args.kl_coef:
-        raise InputError("--kl-coef acts on rationale tokens, and with --no-reasoning there are none; drop one of the two")
-    if args.overwrite and not args.out:
-        raise InputError("--overwrite needs --out DIR; without --out a new directory is made")
-    dataset, device, dtype = evaluation.check_common_flags(args)
-    for split in ("train", "test"):  # an empty split, or too small a catalogue, is an error before the model is loaded
-        dataset.examples(split, 1, args.num_candidates, args.history_length, args.seed)
-    if args.teacher and args.teacher != "template" and not Path(args.teacher).is_file():
-        policy.resolve(args.teacher)
-    out = Path(args.resume) if args.resume else choose_run_directory(args, dataset)
-    if args.resume and (out / "checkpoint").exists() and not (out / "states").exists():
-        return print(f"{out}: this run has finished; nothing to resume")
-    run = Run(out, args)
-    state = run.newest_state() if args.resume else None
-    if state:
-        run.open_state(state)
-    print(f"run directory: {out}" + (f", resumed after {run.stage} step {run.step}" if state else ""))
-    torch.manual_seed(args.seed)
-    rng = random.Random(args.seed)
-
-    texts = dataset.texts()
-    if args.model == "tiny":  # its tokenizer also sees what prompts and traces are made of
-        example = dataset.example(dataset.targets("train")[0], args.num_candidates, args.history_length, args.seed)
-        texts += [r2r.SYSTEM, r2r.QUESTION, r2r.QUESTION_WITHOUT_REASONING, "The user's history, oldest first:\n- ", "\nCandidate: "] * 3
-        texts += [r2r.template_trace(example.history, c)[0] for c in dataset.items.values()]
-    run.model, run.tokenizer = policy.load(str(state or args.model), device, dtype, texts, args.seed)
-    fill_defaults(args, run.model)
-    if args.gradient_checkpointing:
-        policy.checkpoint_activations(run.model)
-    run.score_head = r2r.ScoreHead(run.model.config.get_text_config().hidden_size, reasoning=not args.no_reasoning).to(device)
-    if state:
-        run.score_head.load_state_dict(r2r.ScoreHead.load(state / "score_head.safetensors").state_dict())
-    else:
-        if not args.resume:
-            run.clear()
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")}
-        config = {"flags": vars(args), "versions": {"python": platform.python_version(), **versions}, "seed": args.seed, "device": device,
-                  "dtype": str(dtype)}
-        temporary = out / "config.json.tmp"
-        temporary.write_text(json.dumps(config, indent=1) + "\n")
-        temporary.replace(out / "config.json")
-    run.open_log()
-    print(f"{dataset.name}: {len(dataset.items)} items, {len(dataset.sequences)} users, "
-          f"{' / '.join(str(len(dataset.splits[s])) for s in ('train', 'validation', 'test'))} examples in train / validation / test\n"
-          f"{args.model}: {sum(p.numel() for p in run.model.parameters()) / 1e6:.1f}M parameters, {dtype} on {device}")
-    with run.interruptible():
-        train_r2rank(run, dataset, args, device, dtype, rng)
-    shutil.rmtree(out / "states", ignore_errors=True)
-    print(f"{time.perf_counter() - started:.0f} s in all; everything is in {out}")
+def tiny_texts_r2rank(dataset, args):
+    """What the tokenizer of `tiny` is trained on: the catalogue, and what prompts and traces are made of."""
+    example = dataset.example(dataset.targets("train")[0], args.num_candidates, args.history_length, args.seed)
+    texts = [r2r.SYSTEM, r2r.QUESTION, r2r.QUESTION_WITHOUT_REASONING, "The user's history, oldest first:\n- ", "\nCandidate: "] * 3
+    return dataset.texts() + texts + [r2r.template_trace(example.history, c)[0] for c in dataset.items.values()]
 
 
 def train_r2rank(run, dataset, args, device, dtype, rng):
@@ -709,7 +710,7 @@ def train_r2rank(run, dataset, args, device, dtype, rng):
                 if not path.exists():
                     ask_teacher(dataset, args, device, dtype, path)
                 lessons = recorded_lessons(dataset, path, rng, not args.no_reasoning)
-            cold_start(run, run.stream("lessons", lessons), args)
+            cold_start(run, run.stream("lessons", list_lessons(run.tokenizer, lessons, args)), args)
         score_test(before, None)
         warm_up(run, dataset, targets, args)
     train_rl(run, dataset, targets, args)
@@ -721,6 +722,218 @@ def train_r2rank(run, dataset, args, device, dtype, rng):
     gain = evaluation.difference(results["rl"][1]["ndcg@10"], results[before][1]["ndcg@10"], [e.user for e in examples])
     print(f"\n{len(examples)} held-out lists of {len(examples[0].candidates)} candidates\n{evaluation.table(systems)}\n"
           f"rl - {before}, paired: {gain} NDCG@10")
+
+
+# --- ReRec -------------------------------------------------------------------------------------------------------------------
+
+
+def tiny_texts_rerec(dataset, source, args, rng):
+    """What the tokenizer of `tiny` is trained on: the catalogue, requests and traces."""
+    drawn = source.draw("train", 400)
+    texts = [q.text for q in drawn] + [rerec.template_trace(q, rng, args.list_length) for q in drawn]
+    return dataset.texts() + texts + [rerec.system_message(args.list_length), rerec.DRILL, "My history, oldest first:\n- Request: \nCandidates:\n- "] * 3
+
+
+def query_lessons(tokenizer, source, args, rng):
+    """Each step's lessons: `--sft-lists` requests with three traces each; for `tiny`, half as many drills of its look-ups too."""
+    for step in itertools.count(1):
+        queries = source.draw("train", args.sft_lists, start=step * 10**6)  # other requests than those of RL
+        lessons = [(q, [rerec.template_trace(q, rng, args.list_length) for _ in range(3)]) for q in queries]
+        for q in source.draw("train", args.sft_lists // 2, start=step * 10**6 + 1) if args.model == "tiny" else ():
+            drills = [rerec.template_drill(q, rng) for _ in range(2)]
+            lessons.append((drills[0][0], [text for _, text in drills]))
+        yield [(rerec.build_prompt(tokenizer, q, args.personalized, args.list_length), texts) for q, texts in lessons]
+
+
+def train_queries(run, queue, queries, graph, embeddings, args):
+    """GRPO with ReRec's rewards and advantages on the queue's batches. queries: id -> Query."""
+    model, tokenizer = run.model, run.tokenizer
+    reference = frozen_reference(run, args) if args.kl_coef else None
+    optimizer = Optimizer([{"params": list(model.parameters()), "lr": args.lr}])
+    fixed = queue.next_batch() if args.overfit_one_batch else None
+    run.curriculum, share = queue, not args.no_share_prefix
+    if run.stage == "rl":
+        queue.load_state_dict(json.loads((run.newest_state() / "curriculum.json").read_text()))
+    else:
+        run.save("rl", 0, optimizer)  # the cold start is not done again
+    model.train()
+    for step, bar in run.steps("rl", args.steps, optimizer, "RL"):
+        started = time.perf_counter()
+        batch = fixed or queue.next_batch()
+        rollout = with_room(run, lambda: rerec.generate(model, tokenizer, [queries[i] for i in batch], args.group_size,
+                                                        evaluation.sampling_of(args), args.personalized, args.list_length))
+        sampled = time.perf_counter()
+        rerec.judge(tokenizer, rollout, graph, embeddings, args.reward_weights, args.raae_penalty, args.list_length)
+        # One update a rollout takes the old log-probabilities from its own forward pass.
+        with_room(run, lambda: rerec.score(model if args.ppo_epochs > 1 else None, rollout, args.temperature, args.micro_batch, share, reference))
+        scored = time.perf_counter()
+        judged, G = rollout.judged, args.group_size
+        for n, i in enumerate(batch):
+            queue.record(i, [float(j.correct) for j in judged[n * G:(n + 1) * G]])
+
+        def update():
+            optimizer.clear()
+            if args.ppo_epochs == 1:
+                rollout.logprobs = None
+            return rerec.backward(model, rollout, args.clip, args.kl_coef, args.temperature, args.micro_batch, share)
+
+        for _ in range(args.ppo_epochs):
+            losses = with_room(run, update)
+            losses["grad_norm"] = 0.0
+            if losses["dead_groups"] < len(batch) or args.kl_coef:
+                done = step / args.steps  # the rate falls to a tenth: epochs end with what is hardest, and so with noise
+                losses["grad_norm"] = optimizer.step(rate=min(1.0, done / 0.05) * (1 - 0.9 * done))
+        run.check_finite(math.isfinite(losses["grad_norm"]), {"stage": "rl", "step": step, "queries": batch, "rewards": [j.reward for j in judged],
+                                                              "responses": tokenizer.batch_decode(rollout.responses)})
+        lengths = [len(r) for r in rollout.responses]
+        mean = lambda name: sum(float(getattr(j, name)) for j in judged) / len(judged)
+        now = time.perf_counter()
+        values = {"reward": mean("reward"), "accuracy": mean("correct"), "ndcg": mean("ndcg"), "format_rate": mean("boxed"),
+                  "query_alignment": mean("query_alignment"), "preference_alignment": mean("preference_alignment"), **losses,
+                  "length": sum(lengths) / len(lengths), "truncated": sum(n >= args.max_new_tokens for n in lengths) / len(lengths),
+                  "queries": len(batch), **queue.statistics(),
+                  "seconds_sample": sampled - started, "seconds_score": scored - sampled, "seconds_update": now - scored,
+                  "seconds": now - started}
+        bar.set_postfix(acc=f"{values['accuracy']:.3f}", len=f"{values['length']:.0f}", s=f"{values['seconds']:.1f}")
+        run.log("rl", step, values, f"RL {step:4d}/{args.steps}  accuracy {values['accuracy']:.3f}  reward {values['reward']:+.3f}  length "
+                f"{values['length']:.0f}  epoch {queue.epoch}, pool {values['pool']}  {sum(lengths) / (sampled - started):.0f} tok/s sampled  "
+                f"{values['seconds']:.1f} s" if step % max(1, args.steps // 10) == 0 or step == 1 else None)
+    model.eval()
+    optimizer.close()
+
+
+def train_rerec(run, dataset, source, args, rng):
+    """Cold start, GRPO, evaluation before and after, by kind of request."""
+    queries, tests = source.draw("train", args.num_queries), source.draw("test", args.eval_lists)
+    graph = rewards.attribute_graph(source.graph_items())
+    embeddings = rewards.item_embeddings(dataset, args.cache_dir or data.DEFAULT_CACHE) if args.reward_weights[1] else {}
+    rows = {"random": rerec.random_metrics(tests, args.list_length, args.seed)}
+    before = "sft" if args.sft_steps else "zero-shot"
+
+    def score_test(name):
+        answers = evaluation.query_answers(run.model, run.tokenizer, tests, evaluation.sampling_of(args), args.personalized, args.list_length,
+                                           f"eval {name}")
+        run.results[name] = [metrics for _, metrics in answers]
+
+    if run.stage != "rl":
+        if args.sft_steps:
+            cold_start(run, run.stream("lessons", query_lessons(run.tokenizer, source, args, rng)), args)
+        score_test(before)
+    queue = rerec.CurriculumQueue([q.id for q in queries], args.batch_lists, args.tau, not args.no_curriculum, args.seed)
+    train_queries(run, queue, {q.id: q for q in queries}, graph, embeddings, args)
+    run.finish()
+    score_test("rl")
+    rows |= run.results
+    systems = {name: evaluation.summarise_queries(tests, r) for name, r in rows.items()}
+    systems = evaluation.write_eval(run.folder / "eval.json", dataset.name, tests, systems)
+    gain = evaluation.difference(*([r["accuracy"] for r in rows[name]] for name in ("rl", before)), [q.user or q.id for q in tests])
+    print(f"\n{len(tests)} held-out requests, {args.num_candidates} candidates each\n{evaluation.query_table(systems)}\n"
+          f"rl - {before}, paired: {gain} accuracy")
+
+
+# --- the run -----------------------------------------------------------------------------------------------------------------
+
+
+def fill_defaults(args, model):
+    """Defaults that depend on the model: `tiny` starts from nothing, everything else from a pretrained checkpoint."""
+    tiny, given = args.model == "tiny", args.max_new_tokens
+    evaluation.fill_model_defaults(args, model)
+    args.teacher = args.teacher or ("template" if tiny or args.sft_steps else None)
+    if args.method == "rerec":
+        # The toy's words and titles are a token each: four claims about an item, and a box.
+        args.max_new_tokens = given or (24 + 4 * args.list_length if args.data == "toy" and tiny else args.max_new_tokens)
+        own = (("steps", 80, 200), ("lr", 1.5e-4, 5e-6), ("sft_steps", 550, 200 if args.teacher else 0), ("sft_lr", 1.5e-3, 1e-5),
+               ("group_size", 8, 5), ("max_conditions", 2, 3), ("num_queries", 400, 2000))
+    else:
+        own = (("steps", 30, 200), ("lr", 5e-5, 6e-6), ("head_lr", 3e-4, 3e-5), ("warmup_steps", 2, 4),
+               ("sft_steps", 400, 200 if args.teacher else 0), ("sft_lr", 1e-3, 1e-5))
+    for name, small, large in own:
+        if getattr(args, name) is None:
+            setattr(args, name, small if tiny else large)
+
+
+def choose_run_directory(args, dataset):
+    """--out, or the first free runs/DATA-MODEL, -2, -3, …; nothing is made or deleted yet. Raises InputError."""
+    if args.out:
+        out = Path(args.out)
+        if out.exists() and any(out.iterdir()):
+            if not args.overwrite:
+                raise InputError(f"--out {out}: it exists and is not empty; choose another, or add --overwrite")
+            if not (out / "config.json").exists():
+                raise InputError(f"--out {out}: it does not look like a run directory, so --overwrite will not delete it")
+    else:
+        base = Path("runs") / f"{dataset.name}-{Path(args.model).name}{'-rerec' if args.method == 'rerec' else ''}"
+        out = next(p for n in range(1, 10**6) if not (p := base if n == 1 else base.with_name(f"{base.name}-{n}")).exists())
+    return out
+
+
+def main():
+    args = parse_flags()
+    started = time.perf_counter()
+    if args.no_reasoning and args.kl_coef:
+        raise InputError("--kl-coef acts on rationale tokens, and with --no-reasoning there are none; drop one of the two")
+    if args.overwrite and not args.out:
+        raise InputError("--overwrite needs --out DIR; without --out a new directory is made")
+    dataset, device, dtype = evaluation.check_common_flags(args)
+    source = None
+    if dataset.bench and args.method != "rerec":
+        raise InputError(f"--data {args.data}: these are requests, for --method rerec")
+    if args.method == "rerec":
+        args.max_conditions = args.max_conditions or (2 if args.model == "tiny" else 3)
+        source = data.query_source(dataset, args.query_kinds, args.max_conditions, args.num_candidates, args.history_length, args.seed)
+    for split in ("train", "test"):  # an empty split, too small a catalogue, or a kind that finds no request is an error before any model
+        if source:
+            source.draw(split, len(source.kinds))
+        else:
+            dataset.examples(split, 1, args.num_candidates, args.history_length, args.seed)
+    if args.teacher and args.teacher != "template" and not Path(args.teacher).is_file():
+        policy.resolve(args.teacher)
+    out = Path(args.resume) if args.resume else choose_run_directory(args, dataset)
+    if args.resume and not (out / "states").exists():
+        return print(f"{out}: this run has finished; nothing to resume")
+    run = Run(out, args) if args.resume else None
+    state = run.newest_state() if run else None
+    if state:
+        run.open_state(state)
+    print(f"run directory: {out}" + (f", resumed after {run.stage} step {run.step}" if state else ""))
+    torch.manual_seed(args.seed)
+    rng = random.Random(args.seed)
+
+    tiny = args.model == "tiny"
+    texts = (tiny_texts_rerec(dataset, source, args, rng) if source else tiny_texts_r2rank(dataset, args)) if tiny else []
+    model, tokenizer = policy.load(str(state or args.model), device, dtype, texts, args.seed)
+    run = run or Run(out, args)  # made only now that the model is there
+    run.model, run.tokenizer = model, tokenizer
+    if tiny and source and not state:
+        policy.favour_copying(run.model)
+        policy.add_words(run.model, run.tokenizer, dict.fromkeys(f" {rewards.shown_title(x)}" for x in dataset.items.values()))
+    fill_defaults(args, run.model)
+    if args.gradient_checkpointing:
+        policy.checkpoint_activations(run.model)
+    if not source:
+        head = r2r.ScoreHead(run.model.config.get_text_config().hidden_size, reasoning=not args.no_reasoning)
+        run.score_head = (r2r.ScoreHead.load(state / "score_head.safetensors") if state else head).to(device)
+    if not state:
+        if not args.resume:
+            run.clear()
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")}
+        config = {"flags": vars(args), "versions": {"python": platform.python_version(), **versions}, "seed": args.seed, "device": device,
+                  "dtype": str(dtype)}
+        temporary = out / "config.json.tmp"
+        temporary.write_text(json.dumps(config, indent=1) + "\n")
+        temporary.replace(out / "config.json")
+    run.open_log()
+    print(f"{dataset.name}: {len(dataset.items)} items, {len(dataset.sequences)} users, "
+          f"{' / '.join(str(len(dataset.splits[s])) for s in ('train', 'validation', 'test'))} examples in train / validation / test\n"
+          f"{args.model}: {sum(p.numel() for p in run.model.parameters()) / 1e6:.1f}M parameters, {dtype} on {device}")
+    with run.interruptible():
+        if source:
+            train_rerec(run, dataset, source, args, rng)
+        else:
+            train_r2rank(run, dataset, args, device, dtype, rng)
+    (out / "states").rename(out / "states.old")  # at once: a run without states has finished
+    shutil.rmtree(out / "states.old", ignore_errors=True)
+    print(f"{time.perf_counter() - started:.0f} s in all; everything is in {out}")
 
 
 if __name__ == "__main__":

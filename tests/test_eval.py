@@ -88,11 +88,14 @@ def test_the_bootstrap_against_a_plain_one():
 # --- a shop with structure -----------------------------------------------------------------------------------------------
 
 
-def make_shop(num_users=60, num_items=40, seed=0, negatives="uniform"):
+def make_shop(num_users=60, num_items=40, seed=0, negatives="uniform", split=data.split_leave_one_out):
     rng = random.Random(seed)
     items = {f"i{n}": Item(f"i{n}", f"thing {n % 7} word{n % 5} x{n}", {"brand": (f"b{n % 4}",), "categories": ("all", f"kind {n % 5}")}) for n in range(num_items)}
     sequences = {f"u{u}": [Interaction(i, float(t)) for t, i in enumerate(rng.sample(list(items), rng.randint(3, 9)))] for u in range(num_users)}
-    splits, train_length = data.split_leave_one_out(sequences)
+    if split is data.split_temporal:  # users begin at different times; many ties
+        sequences = {u: [x._replace(timestamp=rng.randint(0, 3) + x.timestamp + 5 * (n % 9)) for x in s] for n, (u, s) in enumerate(sequences.items())}
+        sequences = {u: sorted(s, key=lambda x: x.timestamp) for u, s in sequences.items()}
+    splits, train_length = split(sequences)
     return data.Dataset("shop", items, sequences, splits, train_length, negatives=negatives)
 
 
@@ -137,16 +140,20 @@ def test_full_ranking_counts_everything_but_the_past():
 
 def with_other_test_items(shop):
     """The same shop, its test interactions replaced by other items."""
-    sequences = {u: s[:-1] + [Interaction(next(i for i in shop.items if i not in {x.item_id for x in s}), s[-1].timestamp)] for u, s in shop.sequences.items()}
+    tested = set(shop.splits["test"])
+    sequences = {u: [x._replace(item_id=next(i for i in shop.items if i not in {y.item_id for y in s})) if (u, p) in tested else x
+                     for p, x in enumerate(s)] for u, s in shop.sequences.items()}
+    assert sequences != shop.sequences
     return replace(shop, sequences=sequences)
 
 
-def test_baselines_never_see_the_test_interactions(monkeypatch):
+@pytest.mark.parametrize("split", [data.split_leave_one_out, data.split_temporal])
+def test_baselines_never_see_the_test_interactions(monkeypatch, split):
     """Fitted on a shop and on its twin that differs in every test interaction, they score alike, to the last bit."""
     for fit in ("fit_lightgcn", "fit_sasrec"):
         original = getattr(evaluation, fit)
         monkeypatch.setattr(evaluation, fit, lambda *a, original=original, **k: original(*a, **{**k, "epochs": 4}))
-    shop = make_shop()
+    shop = make_shop(split=split)
     users, histories = ["u0", "u1", "stranger", "u2"], [[1, 2, 3], [4], [5, 6], []]
     one, two = evaluation.fit_baselines(shop), evaluation.fit_baselines(with_other_test_items(shop))
     assert list(one) == [b for b in evaluation.BASELINES if b != "random"]
@@ -156,10 +163,11 @@ def test_baselines_never_see_the_test_interactions(monkeypatch):
     assert shop.popularity() == with_other_test_items(shop).popularity() and shop.training() == with_other_test_items(shop).training()
 
 
-def test_no_held_out_pair_reaches_a_template_trace_or_baseline():
+@pytest.mark.parametrize("split", [data.split_leave_one_out, data.split_temporal])
+def test_no_held_out_pair_reaches_a_template_trace_or_baseline(split):
     """What is handed to training: prompts, traces and counts hold no (user, item) pair of validation or test."""
     import train
-    shop = make_shop(num_items=80)
+    shop = make_shop(num_items=80, split=split)
     held_out = {(u, shop.sequences[u][p].item_id) for s in ("validation", "test") for u, p in shop.splits[s]}
     assert held_out and not held_out & {(u, i) for u, s in shop.training().items() for i in s}
     seen, original = set(), shop.example
@@ -230,6 +238,20 @@ def test_broken_lists_are_named(tmp_path, line, words):
     assert all(w in str(error.value) for w in words), error.value
 
 
+def test_names_never_meet_in_trec_files(tmp_path):
+    items = [Item(i, i) for i in ("a b", "a_b", "a%20b", "é")]
+    evaluation.save_predictions(tmp_path / "r", [Example("u 1", [], items, [1, 0, 0, 0])], {"my system": [[4, 3, 2, 1]]})
+    lines = (tmp_path / "r").read_text().splitlines()
+    assert lines[0] == "1/u%201 Q0 a%20b 1 4.0 my%20system" and len({line.split(" ")[2] for line in lines}) == 4
+    assert rescore(tmp_path / "r", tmp_path / "r.qrels") == {"my%20system": (1.0, 1.0)}
+
+
+def test_a_list_of_nobody_belongs_to_nobody(tmp_path):
+    """Without a user, or with null, each list is its own: not the user whose name is the line number."""
+    (tmp_path / "l").write_text('{"candidates": ["i0", "i1"], "relevance": [1, 0]}\n{"user": null, "candidates": ["i0", "i1"], "relevance": [1, 0]}\n')
+    assert [e.user for e in data.read_lists(tmp_path / "l", make_shop().items)] == ["line 1", "line 2"]
+
+
 def rescore(run_file, qrels_file):
     """NDCG@10 and reciprocal rank of a TREC run, from the files alone: {system: (ndcg, mrr)}."""
     judged = {}
@@ -281,6 +303,7 @@ def test_baselines_on_the_command_line(tmp_path):
 def test_full_catalogue_on_the_command_line(tmp_path):
     run("eval.py", "--baselines", "random", "popularity", "title-overlap", "--full", cwd=tmp_path)
     report = json.loads((tmp_path / "eval.json").read_text())
+    assert sum(b["num_lists"] for b in report["slices"]["popularity"].values()) == 180
     assert report["num_items"] == 400 and report["num_targets"] == 180 and list(report["full"]) == ["random", "popularity", "title-overlap"]
     assert report["full"]["title-overlap"]["hr@10"]["mean"] > 0.1 > report["full"]["random"]["hr@10"]["mean"]
 
@@ -288,6 +311,8 @@ def test_full_catalogue_on_the_command_line(tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--full"], "--baselines"), (["--full", "--baselines", "--model", "tiny"], "leave out"), (["--baselines", "--explain", "2"], "--run or --model"),
     (["--full", "--baselines", "--candidates", "x"], "--candidates"), (["--candidates", "none.jsonl", "--baselines"], "none.jsonl"),
+    (["--probe-orders", "1"], "at least 2"), (["--baselines", "--out", "nowhere/x.json"], "--out nowhere/x.json"), (["--core", "5"], "toy"),
+    (["--baselines", "--save-predictions", "nowhere/x"], "--save-predictions"), (["--run", "r", "--model", "tiny"], "leave out"),
     (["--data", "nowhere"], "ml-100k"), (["--require", "title"], "Amazon"), (["--data", "toy", "--split", "temporal"], "--split"),
 ])
 def test_contradictions_are_refused(tmp_path, flags, words):

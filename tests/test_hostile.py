@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import math
 import string
 import time
 import zipfile
@@ -13,6 +14,8 @@ import torch
 import data
 import policy
 import r2r
+import rerec
+import rewards
 from data import InputError, Item
 
 TITLES = {
@@ -134,6 +137,68 @@ def test_responses_survive_anything(toy, tokenizer):
         assert (answer is None) == (not r2r.ANSWER.search(text))
 
     parse()
+
+
+def test_rewards_survive_anything():
+    """Any response to candidates of any titles: a finite reward, won only by the right title in the box, and soon."""
+    hypothesis = pytest.importorskip("hypothesis")
+    from hypothesis import strategies as st
+
+    scraps = st.sampled_from(["\\boxed{", "}", "{", ";", "\n", "Soap", "soap ", "Cream; Foam", "\\boxed{Soap}", "[SEP]", "\ufffd", "é", "(1994)"])
+    texts = st.one_of(st.text(max_size=40), st.lists(scraps, max_size=12).map("".join))
+
+    @hypothesis.settings(max_examples=300, deadline=None)
+    @hypothesis.given(response=texts, titles=st.lists(texts, min_size=1, max_size=4))
+    def judge(response, titles):
+        candidates = [data.make_item(str(n), t, {"kind": [t]}) for n, t in enumerate(["Soap", *titles])]
+        query = data.Query("q", "a request", "explicit", 1, candidates, ("0",))
+        judged = rerec.score_response(response, query, rewards.attribute_graph(candidates), {"0": torch.ones(2)}, list_length=3)
+        assert math.isfinite(judged.reward) and -0.6 <= judged.reward <= 1.2
+        if judged.correct:
+            assert "soap" in rewards.parse_boxed(response).lower()
+        segments = rerec.segment_rewards(response, [(n, n + 1) for n in range(len(response))], judged.reward, judged.title, judged.correct, 0.3, titles)
+        assert len(segments) == len(response) and all(math.isfinite(x) for x in segments)
+        for match in ("recbench", "exact"):
+            scores = rewards.open_ended(response, titles, match)
+            assert all(0 <= scores[m] <= 1 for m in ("precision", "recall")) and scores["ndcg"] >= 0
+
+    judge()
+
+
+@pytest.mark.parametrize("response", ["", "\\boxed{" * 10**5, "{" * 10**6, "}" * 10**6, "\\boxed{" + "{" * 10**6, "\\boxed{" + "a;" * 10**5 + "}", "\x00\xff" * 10**5,
+                                      "Soap " * 10**5 + "\\boxed{Soap}", "\n" * 10**6])
+def test_rewards_are_bounded_in_time(response):
+    candidates = [Item(str(n), t) for n, t in enumerate(("Soap", "Soap; Foam", "a;a;a", "{}", ""))]
+    query = data.Query("q", "a request", "explicit", 1, candidates, ("1",))
+    started = time.perf_counter()
+    judged = rerec.score_response(response, query)
+    rerec.segment_rewards(response, [(0, len(response))], judged.reward, judged.title, judged.correct, 0.3, [c.title for c in candidates])
+    assert math.isfinite(judged.reward) and not judged.correct and time.perf_counter() - started < 1
+
+
+def test_recbench_files_survive_anything(tmp_path):
+    hypothesis = pytest.importorskip("hypothesis")
+    from hypothesis import strategies as st
+
+    scalar = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(max_size=8))
+    value = st.recursive(scalar, lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)), max_leaves=6)
+    names = ("source_user", "condition_num", "movieSubset", "movieSubsetId", "sharedRelationships", "query", "situational_description_query", "multihop_info",
+             "misinformed", "data_idx", "query & ground true", "movie subset", "Shared consecutive movies", "history_sample")
+    records = st.lists(st.dictionaries(st.sampled_from(names), value, max_size=8), max_size=3)
+    (tmp_path / "dataset" / "movie").mkdir(parents=True)
+    (tmp_path / "dataset" / "movie" / "movies.dat").write_text("1::A (1990)::Drama\n2::B (1991)::War\n")
+
+    @hypothesis.settings(max_examples=200, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.given(records, st.sampled_from(list(data.RECBENCH_FILES.values())))
+    def load(content, name):
+        path = tmp_path / "dataset" / "movie" / name
+        path.write_text(json.dumps(content))
+        try:
+            quiet(lambda: data.load_recbench(tmp_path))
+        finally:
+            path.unlink()
+
+    load()
 
 
 def test_archive_members_are_read_not_unpacked(tmp_path):

@@ -340,3 +340,34 @@ def test_a_saved_model_reads_as_it_did(model, tokenizer, tmp_path):
         assert again(text).input_ids == ids
         assert torch.equal(loaded(torch.tensor([ids])).logits, model(torch.tensor([ids])).logits)
     assert policy.stop_ids(loaded, again) == policy.stop_ids(model, tokenizer)
+
+
+# --- what makes a tiny model learn to pick from a list ---
+
+
+def test_added_words_are_one_token_each_and_alike_to_their_parts(toy):
+    model, tokenizer = policy.load("tiny", texts=toy.texts(), seed=0)
+    titles = [f" {x.title}" for x in toy.items.values()]
+    torch.manual_seed(0)
+    policy.add_words(model, tokenizer, titles)
+    text = f"- {titles[0].strip()}\n- {titles[7].strip()}!"
+    ids = tokenizer(text).input_ids
+    assert tokenizer.decode(ids) == text and sum(i in tokenizer.convert_tokens_to_ids(titles) for i in ids) == 2
+    weight = torch.nn.functional.normalize(model.get_input_embeddings().weight.detach(), dim=1)
+    title = weight[tokenizer.convert_tokens_to_ids(titles[0])]
+    parts = [weight[tokenizer(f" {w}").input_ids[0]] @ title for w in titles[0].split()]
+    assert min(parts) > 0.35 and (weight[:300] @ title).abs().median() < 0.1
+    assert model(torch.tensor([ids])).logits.shape[-1] == len(tokenizer)
+
+
+def test_copying_heads_attend_so_many_tokens_back(toy):
+    model, tokenizer = policy.load("tiny", texts=toy.texts(), seed=0)
+    policy.favour_copying(model, offsets=(1, 2, 3))
+    model.set_attn_implementation("eager")
+    ids = torch.randint(3, len(tokenizer), (1, 120), generator=torch.Generator().manual_seed(0))
+    attention = model(ids, output_attentions=True).attentions[0][0]  # (heads, T, T)
+    for head, offset in enumerate((1, 2, 3)):
+        hit = attention[head].argmax(-1)[offset:] == torch.arange(120 - offset)
+        assert hit.float().mean() > 0.95
+    for layer in model.model.layers:
+        torch.testing.assert_close(layer.self_attn.o_proj.weight, layer.self_attn.v_proj.weight.T)

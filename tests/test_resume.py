@@ -22,6 +22,8 @@ from test_train import ROOT, metrics, run
 
 FLAGS = ["--sft-steps", "6", "--steps", "6", "--batch-lists", "2", "--group-size", "2", "--eval-lists", "4", "--max-new-tokens", "12", "--save-every", "2",
          "--pl", "sample", "--kl-coef", "0.01", "--eval-samples", "2"]
+REREC = ["--method", "rerec", "--sft-steps", "4", "--steps", "6", "--batch-lists", "4", "--group-size", "2", "--num-queries", "6", "--eval-lists", "6",
+         "--max-new-tokens", "10", "--save-every", "2", "--kl-coef", "0.01"]
 KILLS = int(os.environ.get("R2RANK_KILLS", 6))  # 20 are tried by hand; each costs some seconds
 # Imports once, then forks a child for every attempt and kills it after the seconds given, or when a path matching the pattern appears.
 HARNESS = """
@@ -88,21 +90,28 @@ def same(a, b):
     assert metrics(a) == metrics(b)
     one, two = (load_file(f / "checkpoint" / "model.safetensors") for f in (a, b))
     assert set(one) == set(two) and all(torch.equal(one[k], two[k]) for k in one)
-    one, two = (load_file(f / "checkpoint" / "score_head.safetensors") for f in (a, b))
-    assert all(torch.equal(one[k], two[k]) for k in one)
+    for name in ("score_head.safetensors", "curriculum.json"):
+        assert (a / "checkpoint" / name).exists() == (b / "checkpoint" / name).exists()
+        if (a / "checkpoint" / name).exists():
+            assert (a / "checkpoint" / name).read_bytes() == (b / "checkpoint" / name).read_bytes()
     assert json.loads((a / "eval.json").read_text()) == json.loads((b / "eval.json").read_text())
 
 
-@pytest.mark.parametrize("moments", ["any", "while saving"])
+@pytest.mark.parametrize("moments", ["any", "while saving", "any, ReRec"])
 def test_a_killed_run_goes_on_as_if_it_had_not_been(harness, whole, tmp_path, moments):
     folder, seconds = whole
+    first = [*FLAGS]
+    if "ReRec" in moments:
+        first, folder = [*REREC, "--cache-dir", tmp_path / "cache"], tmp_path / "whole"
+        code, seconds = harness([*first, "--out", folder])
+        assert code == 0
     rng, out, killed = random.Random(moments), tmp_path / "r", 0
     code = None
     for attempt in range(60):
         begun = (out / "config.json").exists()
-        flags = ["--resume", out] if begun else [*FLAGS, "--out", out]
+        flags = ["--resume", out] if begun else [*first, "--out", out]
         last = killed >= KILLS
-        if moments == "any":
+        if "any" in moments:
             code, _ = harness(flags, 300 if last else rng.uniform(0.05, 0.7) * seconds)
         else:
             code, _ = harness(flags, 300, "" if last else out / rng.choice(("states/*.tmp", "states/*.tmp/*.safetensors", "states/2-*", "checkpoint*")))
@@ -112,7 +121,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(harness, whole, tmp_path, mo
             break
         if not begun and not (out / "config.json").exists():
             shutil.rmtree(out, ignore_errors=True)
-    assert code == 0 and killed >= (3 if moments == "any" else 1)
+    assert code == 0 and killed >= (3 if "any" in moments else 1)
     same(folder, out)
     assert not (out / "states").exists() and not list(out.rglob("*.tmp"))
 
@@ -161,7 +170,33 @@ def test_what_resume_refuses_and_names(harness, whole, tmp_path):
     assert "rl" in json.loads((tmp_path / "eval.json").read_text())["systems"]
     run("train.py", "--resume", copy, "--micro-batch", 80)
     same(whole[0], copy)
+    assert not (copy / "states").exists()
     assert "nothing to resume" in run("train.py", "--resume", copy).stdout
+
+
+def test_a_vanished_or_read_only_run_directory_is_named(harness, whole, tmp_path):
+    run_ = train.Run(tmp_path / "r", train.argparse.Namespace(save_every=1, keep=1))
+    run_.model = run_.tokenizer = type("Saves", (), {"save_pretrained": lambda self, folder: None})()
+    run_.open_log()
+    optimizer = train.Optimizer([{"params": [torch.nn.Parameter(torch.ones(2))], "lr": 1.0}])
+    run_.save("rl", 1, optimizer)
+    assert run_.newest_state().name == "2-rl-000001"
+    shutil.rmtree(tmp_path / "r")
+    with pytest.raises(InputError, match="2-rl-000002"):
+        run_.save("rl", 2, optimizer)
+    assert not (tmp_path / "r").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file/r: cannot be written"):
+        train.Run(tmp_path / "file" / "r", run_.args)
+
+
+def test_a_full_disk_under_the_log_is_named(tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    run_ = train.Run(tmp_path / "r", train.argparse.Namespace(save_every=1, keep=1))
+    run_.file = open("/dev/full", "w")
+    with pytest.raises(InputError, match="/dev/full.*No space left.*--resume"):
+        run_.log("rl", 1, {"x": 1.0})
 
 
 def test_two_runs_in_one_directory_refuse_one_another(harness, tmp_path):
