@@ -121,8 +121,8 @@ def score_response(text, query, graph=None, embeddings=None, weights=(0.01, 0.01
     relevance = [float(a is not None and a.id in query.truths) for a in answers]
     missed = [1.0] * (len(query.truths) - int(sum(relevance)))
     ndcg = ndcg_at_k(relevance + [0.0] * (list_length - len(relevance)) + missed, list_length)
-    qas = query_alignment(first.id, query.truths, graph) if first and weights[0] else 0.0
-    pas = preference_alignment(first.id, query.truths, embeddings) if first and weights[1] else 0.0
+    qas = query_alignment(first.id, query.truths, graph or {}) if first and weights[0] else 0.0
+    pas = preference_alignment(first.id, query.truths, embeddings or {}) if first and weights[1] else 0.0
     shaped = weights[0] * qas + weights[1] * pas
     reward = (ndcg + 0.05 if boxed is not None else -0.5 - 0.05) + shaped
     return Judged(reward, ndcg, bool(relevance and relevance[0]), boxed is not None, tuple(a.id if a else None for a in answers),

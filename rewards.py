@@ -308,7 +308,7 @@ def open_ended(response, truths, match="recbench"):
         raise ValueError(f"match must be recbench or exact, not {match!r}")
     predictions = response.split(SEPARATOR)
     if match == "recbench":
-        ftr, truths = len(predictions) == 1, list(truths)
+        ftr, truths = len(predictions) == 1, list(dict.fromkeys(truths))
         hits = [_recbench_hit(p, truths) for p in predictions[:MAX_PREDICTIONS]]
     else:
         predictions = [p for p in map(str.strip, predictions) if p]
