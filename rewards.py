@@ -226,9 +226,9 @@ def fit_lightgcn(num_users, num_items, pairs, dim=64, layers=3, epochs=100, lr=0
         order = trainable[torch.randperm(len(trainable), generator=generator)]
         triples = torch.stack([user[order], item[order] + num_users, draw_negatives(user[order]) + num_users])  # (3, E)
         for batch in triples.to(device).split(batch_size, dim=1):
-            u, i, j = torch.cat(model.propagate())[batch]  # (B, D) each
+            u, i, j = F.embedding(batch, torch.cat(model.propagate()))  # (B, D) each; unlike [batch], its gradient adds up in one order
             bpr = F.softplus((u * (j - i)).sum(1)).mean()  # -log sigmoid(positive - negative)
-            loss = bpr + l2 / 2 * model.embedding[batch].square().sum() / batch.shape[1]
+            loss = bpr + l2 / 2 * F.embedding(batch, model.embedding).square().sum() / batch.shape[1]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
