@@ -74,6 +74,7 @@ def load(name, device="cpu", dtype=torch.float32, texts=(), seed=0):
         model, tokenizer = build_tiny(texts, seed)
         model.to(dtype)
     else:
+        verify_directory(source)
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)

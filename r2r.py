@@ -439,7 +439,6 @@ def rank(model, tokenizer, score_head, history, candidates, num_samples=1, max_n
 
 def load_checkpoint(folder, device="cpu", dtype=torch.float32):
     """(model, tokenizer, score_head) of a checkpoint directory; score_head is None where there is no score_head.safetensors."""
-    policy.verify_directory(folder)
     model, tokenizer = policy.load(str(folder), device, dtype)
     path = Path(folder).expanduser() / "score_head.safetensors"
     return model, tokenizer, ScoreHead.load(path).to(device) if path.exists() else None

@@ -200,6 +200,15 @@ def test_a_full_disk_under_the_log_is_named(tmp_path):
         run_.log("rl", 1, {"x": 1.0})
 
 
+def test_a_damaged_checkpoint_is_named_wherever_it_is_opened(whole, tmp_path):
+    folder = shutil.copytree(whole[0], tmp_path / "r")
+    path = folder / "checkpoint" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    for flags in (["--run", folder], ["--model", folder / "checkpoint"]):
+        message = run("eval.py", *flags, "--eval-lists", 2, cwd=tmp_path, code=2).stderr
+        assert str(path) in message and "damaged" in message
+
+
 def test_two_runs_in_one_directory_refuse_one_another(harness, tmp_path):
     args = train.argparse.Namespace(save_every=1, keep=1)
     first = train.Run(tmp_path / "r", args)
