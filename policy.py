@@ -74,7 +74,7 @@ def load(name, device="cpu", dtype=torch.float32, texts=(), seed=0):
         model, tokenizer = build_tiny(texts, seed)
         model.to(dtype)
     else:
-        verify_directory(source)
+        verify_directory(source, complete=False)  # someone may want the model without its score head
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
@@ -203,8 +203,9 @@ def save_directory(folder, write):
         raise InputError(f"{folder}: it cannot be saved ({error}). What was saved before is untouched") from None
 
 
-def verify_directory(folder):
-    """Compare a folder's files with the checksums that save_directory left. Raises InputError naming the first one that differs."""
+def verify_directory(folder, complete=True):
+    """Compare a folder's files with the checksums that save_directory left. Raises InputError naming the first one that differs,
+    or (complete) is missing."""
     listing = Path(folder) / CHECKSUMS
     if not listing.exists():
         return  # not from save_directory: nothing to compare with
@@ -212,7 +213,9 @@ def verify_directory(folder):
         expected = json.loads(listing.read_text())
         for name, checksum in expected.items():
             if not (Path(folder) / name).is_file():
-                raise InputError(f"{Path(folder) / name}: it is missing")
+                if complete:
+                    raise InputError(f"{Path(folder) / name}: it is missing")
+                continue
             if _sha256(Path(folder) / name) != checksum:
                 raise InputError(f"{Path(folder) / name}: it is damaged (its checksum differs from {CHECKSUMS})")
     except (OSError, ValueError, AttributeError) as error:
