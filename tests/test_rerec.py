@@ -427,6 +427,21 @@ def test_update_is_the_gradient_of_the_written_objective(model, rollout, kl_coef
             assert metrics["token_loss"] + kl_coef * metrics["kl"] == pytest.approx(loss.item(), abs=1e-5) and metrics["clipped"] > 0
 
 
+@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
+def test_a_first_update_needs_no_scoring(model, rollout, kl_coef):
+    """An unscored rollout takes its old log-probabilities from the update's own pass: same gradient, metrics and log-probabilities."""
+    scored = copy_of(rollout, ref_logprobs=rollout.logprobs + 0.1)
+    fresh = copy_of(scored, logprobs=None)
+    want, metrics = gradient(model, scored, kl_coef=kl_coef)
+    for micro_batch in (1, 5, 100):
+        fresh.logprobs = None
+        got, found = gradient(model, fresh, kl_coef=kl_coef, micro_batch=micro_batch)
+        assert (got - want).norm() / want.norm() < 1e-5 and found == pytest.approx(metrics, abs=1e-5)
+        alive = [n for n, o in enumerate(fresh.owner) if kl_coef or fresh.advantages[o * 4:o * 4 + 4].any()]
+        torch.testing.assert_close(fresh.logprobs[alive], rollout.logprobs[alive], atol=1e-5, rtol=1e-5)
+    assert found["entropy"] == pytest.approx(-sum(rollout.logprobs[n].sum().item() for n in alive) / sum(len(fresh.responses[n]) for n in alive), abs=1e-4)
+
+
 def test_dead_groups_are_skipped_and_padding_does_not_count(model, rollout):
     dead = rollout.advantages.clone()
     dead[4:8] = 0.0
