@@ -4,10 +4,11 @@ The prompts of one list differ only after the candidate begins, so a prompt is a
 list) and a *suffix* (candidate and assistant header, once a candidate), joined as token ids. Their concatenation is the
 same whether the prefix is shared or not, in sampling and in the update:
 
-    sampling   prefill the prefixes once, give every row a copy of its list's key/value cache, let `generate` go on; shorter
-               suffixes are padded *between* prefix and suffix
+    sampling   prefill the prefixes once a list and the suffixes once a candidate, give every row a copy of its keys and values,
+               let `generate` go on; shorter suffixes are padded *between* prefix and suffix
     update     `SharedPrefix` runs the prefixes once with gradients; rows read its keys and values as detached leaves, a
-               micro-batch at a time; `backward()` then sends what the leaves collected through the prefixes, once
+               micro-batch at a time; `backward()` then sends what the leaves collected through the prefixes, once. Within a
+               micro-batch the rows of one candidate (its G rationales) share one pass over its suffix, too
 
 Equations (METHODS §1 "Gradient, rationale part"; PPO, arXiv 1707.06347; k3, http://joschu.net/blog/kl-approx.html):
     token_loss   -min(rho A, clip(rho, 1 - eps, 1 + eps) A),  rho = exp(logprob - old_logprob)
@@ -32,7 +33,8 @@ from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.masking_utils import sdpa_mask
 
 from data import InputError
 
@@ -94,7 +96,23 @@ def load(name, device="cpu", dtype=torch.float32, texts=(), seed=0):
             # Our caches only read (SharedPrefix below), so recomputing a layer finds the same keys. Left at False,
             # transformers drops the cache under gradient checkpointing, and with it the whole prefix.
             module._can_checkpoint_with_cache = True
+    heads = model.config.get_text_config()
+    if (torch.device(device).type == "cpu" and model.config._attn_implementation == "sdpa"
+            and getattr(heads, "num_key_value_heads", None) not in (None, heads.num_attention_heads)):
+        model.set_attn_implementation("grouped_sdpa")
     return model.to(device).eval(), tokenizer
+
+
+def grouped_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
+    """Attention with fewer keys than queries: query (N, H, T, d), key and value (N, h, T', d). Under a mask transformers copies the
+    keys H / h times first, for the sake of GPU kernels; on the CPU that is half of attention's time."""
+    causal = attention_mask is None and query.shape[2] > 1 and (module.is_causal if is_causal is None else is_causal)
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attention_mask, dropout, causal, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2).contiguous(), None
+
+
+transformers.AttentionInterface.register("grouped_sdpa", grouped_attention)
+transformers.AttentionMaskInterface.register("grouped_sdpa", sdpa_mask)
 
 
 def checkpoint_activations(model):
@@ -290,13 +308,15 @@ def stop_ids(model, tokenizer):
 
 @dataclass
 class Sampling:
-    """How responses are drawn. max_rows bounds the rows of one `generate` call, and with it the memory of the cache."""
+    """How responses are drawn. max_rows bounds the rows of one `generate` call, and with it the memory of the cache; every
+    `chunk` tokens the rows that have ended leave it."""
 
     max_new_tokens: int = 256
     temperature: float = 1.0
     greedy: bool = False
     share_prefix: bool = True
     max_rows: int = 320
+    chunk: int = 32
 
 
 def sample(model, tokenizer, prefix_ids, suffix_ids, num_samples, **settings):
@@ -305,61 +325,114 @@ def sample(model, tokenizer, prefix_ids, suffix_ids, num_samples, **settings):
     prefix_ids: list of ids; suffix_ids: K lists of ids; settings: the fields of `Sampling`. Uses torch's global generator.
     """
     owner = [0] * (len(suffix_ids) * num_samples)
-    rows = sample_rows(model, tokenizer, [prefix_ids], owner, [s for s in suffix_ids for _ in range(num_samples)],
-                       Sampling(**settings))
+    rows, _ = sample_rows(model, tokenizer, [prefix_ids], owner, [s for s in suffix_ids for _ in range(num_samples)],
+                          Sampling(**settings))
     return [rows[i:i + num_samples] for i in range(0, len(rows), num_samples)]
 
 
 @torch.no_grad()
 def sample_rows(model, tokenizer, prefixes, owner, suffixes, sampling):
-    """One response for each row n, whose prompt is prefixes[owner[n]] + suffixes[n]. Returns a list of id lists."""
+    """One response for each row n, whose prompt is prefixes[owner[n]] + suffixes[n].
+
+    Returns (N lists of ids, hidden (N, D): the last layer's state at each response's last token, which costs nothing here).
+    """
     stops = stop_ids(model, tokenizer)
     was_training = model.training
     model.eval()  # trap 2: generate in train mode with gradient checkpointing gives garbage with only a warning
     # Rows of like length meet in one call; the order depends on nothing but their content, so neither do the results.
     order = sorted(range(len(suffixes)), key=lambda n: (owner[n], len(suffixes[n]), suffixes[n]))
-    responses = [None] * len(suffixes)
+    responses, hidden = [[] for _ in suffixes], [None] * len(suffixes)
     with _own_defaults(model, stops, sampling) as config:
         for start in range(0, len(order), sampling.max_rows):
-            rows = order[start:start + sampling.max_rows]
-            lists = sorted({owner[n] for n in rows})
-            prefix_ids, prefix_mask = _pad([prefixes[i] for i in lists], model.device, left=True)
-            local = torch.tensor([lists.index(owner[n]) for n in rows], device=model.device)
-            suffix_ids, suffix_mask = _pad([suffixes[n] for n in rows], model.device, left=True)
-            cache = None
-            if sampling.share_prefix:
-                room = suffix_ids.shape[1] + sampling.max_new_tokens
-                pairs = SharedPrefix(model, [prefixes[i] for i in lists]).pairs
-                cache = Cache(layers=[_Reserved(*pairs[layer], local, room) for layer in sorted(pairs)])
-            ids = torch.cat([prefix_ids[local], suffix_ids], dim=1)  # (rows, P + S), holes masked
-            mask = torch.cat([prefix_mask[local], suffix_mask], dim=1)
-            assert not model.training
-            out = model.generate(ids, attention_mask=mask, past_key_values=cache, generation_config=config)
-            for n, response in zip(rows, out[:, ids.shape[1]:].tolist()):
-                end = next((t + 1 for t, token in enumerate(response) if token in stops), len(response))
-                responses[n] = response[:end]  # the mask counts the first EOS; padding may be EOS too
+            rows, width = order[start:start + sampling.max_rows], 0
+            ids, mask, cache = _prefill(model, prefixes, [owner[n] for n in rows], [suffixes[n] for n in rows], sampling)
+            running = set(rows)
+            while rows:
+                assert not model.training
+                config.max_new_tokens = min(sampling.chunk, sampling.max_new_tokens - width)
+                out, states = _continue(model, ids, mask, cache, config if running else None)
+                for n, tokens in zip(rows, out[:, ids.shape[1]:].tolist()):
+                    if n in running:
+                        end = next((t + 1 for t, token in enumerate(tokens) if token in stops), None)
+                        responses[n] += tokens[:end]  # the mask counts the first EOS; padding may be EOS too
+                        if end or len(responses[n]) == sampling.max_new_tokens:
+                            running.remove(n)
+                for i, n in enumerate(rows):  # states[j] has read the first width + j tokens of the response
+                    if n not in running and len(responses[n]) - width < len(states):
+                        hidden[n] = states[len(responses[n]) - width][i]
+                width += out.shape[1] - ids.shape[1]
+                keep = torch.tensor([i for i, n in enumerate(rows) if hidden[n] is None], device=model.device, dtype=torch.long)
+                mask = torch.cat([mask, mask.new_ones(len(rows), out.shape[1] - ids.shape[1])], dim=1)[keep]
+                ids = out[keep]
+                if len(keep) < len(rows):
+                    cache.batch_select_indices(keep)
+                rows = [n for n in rows if hidden[n] is None]
     model.train(was_training)
-    return responses
+    return responses, torch.stack(hidden)
+
+
+def _continue(model, ids, mask, cache, config):
+    """`generate` some more tokens, or (config None) only read the last one. Returns ids (N, T + new) and the hidden states (N, D) of
+    the last position, a forward pass each: the first has read ids, the others one new token more each."""
+    if config is None:
+        out = model.base_model(input_ids=ids[:, -1:], attention_mask=mask, position_ids=_positions(mask)[:, -1:], past_key_values=cache,
+                               use_cache=True)
+        return ids, [out.last_hidden_state[:, -1]]
+    states = []
+    hook = model.base_model.register_forward_hook(lambda module, args, out: states.append(out.last_hidden_state[:, -1].clone()))
+    try:
+        return model.generate(ids, attention_mask=mask, past_key_values=cache, generation_config=config), states
+    finally:
+        hook.remove()
+
+
+def _prefill(model, prefixes, owner, suffixes, sampling):
+    """Ids and mask (N, P + S) of the rows' prompts, holes masked, and their cache: all but the last token where prompts are shared."""
+    lists = sorted(set(owner))
+    prefix_ids, prefix_mask = _pad([prefixes[i] for i in lists], model.device, left=True)
+    suffix_ids, suffix_mask = _pad(suffixes, model.device, left=True)
+    local = torch.tensor([lists.index(o) for o in owner], device=model.device)
+    ids, mask = torch.cat([prefix_ids[local], suffix_ids], dim=1), torch.cat([prefix_mask[local], suffix_mask], dim=1)
+    if not sampling.share_prefix:
+        return ids, mask, DynamicCache()
+    levels = [(SharedPrefix(model, [prefixes[i] for i in lists]).leaves, prefix_mask, local)]
+    if suffix_ids.shape[1] > 1:
+        levels = _branch(model, levels, suffixes)
+    return ids, mask, Cache(layers=[_Reserved([(pairs[layer], rows) for pairs, _, rows in levels], sampling.max_new_tokens + 1)
+                                    for layer in sorted(levels[0][0])])
 
 
 class _Reserved(DynamicLayer):
     """One layer's cache with room reserved for the whole response: a token costs its own write, not a copy of all before it."""
 
-    def __init__(self, prefix_keys, prefix_values, owner, room):
+    def __init__(self, levels, room):
+        """levels: [((keys, values) (M, h, T, d), row of them for each of our N rows)], in order; room: tokens to come."""
         super().__init__()
-        self.is_initialized, self.dtype, self.device = True, prefix_keys.dtype, prefix_keys.device
-        self.buffers = []
-        for x in (prefix_keys, prefix_values):  # (L, h, P, d) -> (N, h, P + room, d)
-            self.buffers.append(x.new_empty(len(owner), x.shape[1], x.shape[2] + room, x.shape[3]))
-            self.buffers[-1][:, :, :x.shape[2]] = x.index_select(0, owner)
-        self.keys, self.values = (b[:, :, :prefix_keys.shape[2]] for b in self.buffers)
+        pairs, owners = zip(*levels)
+        self.is_initialized, self.dtype, self.device = True, pairs[0][0].dtype, pairs[0][0].device
+        self.buffers, self.length = [], sum(keys.shape[2] for keys, _ in pairs)
+        for parts in zip(*pairs):
+            buffer = parts[0].new_empty(len(owners[0]), parts[0].shape[1], self.length + room, parts[0].shape[3])
+            end = 0
+            for x, owner in zip(parts, owners):
+                end += x.shape[2]
+                buffer[:, :, end - x.shape[2]:end] = x.index_select(0, owner)
+            self.buffers.append(buffer)
+        self._view()
+
+    def _view(self):
+        self.keys, self.values = (b[:, :, :self.length] for b in self.buffers)
 
     def update(self, keys, values, *args, **kwargs):
-        start, end = self.keys.shape[2], self.keys.shape[2] + keys.shape[2]
+        start, self.length = self.length, self.length + keys.shape[2]
         for buffer, new in zip(self.buffers, (keys, values)):
-            buffer[:, :, start:end] = new
-        self.keys, self.values = (b[:, :, :end] for b in self.buffers)
+            buffer[:, :, start:self.length] = new
+        self._view()
         return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        self.buffers = [b.index_select(0, indices) for b in self.buffers]
+        self._view()
 
 
 @contextlib.contextmanager
@@ -396,37 +469,20 @@ def _positions(mask):
 # --- scoring, with gradients ------------------------------------------------------------------------------------------
 
 
-class _Recorder(Cache):
-    """Keeps the keys and values that a forward pass over the prefixes computes; a checkpointed recompute changes nothing."""
+class _Levels(Cache):
+    """Gives each row the keys and values of those before it, level by level, and keeps the row's own in `pairs`.
 
-    def __init__(self):
+    It only reads: a checkpointed layer that is run again finds the same.
+    """
+
+    def __init__(self, levels):
         super().__init__(layers=[])
-        self.pairs = {}
+        self.levels, self.pairs, self.length = levels, {}, sum(mask.shape[1] for _, mask, _ in levels)
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
         self.pairs.setdefault(layer_idx, (keys, values))
-        return keys, values
-
-    def get_seq_length(self, layer_idx=0):
-        return 0
-
-    def get_query_offset(self, layer_idx=0):
-        return 0
-
-    def get_mask_sizes(self, query_length, layer_idx=0):
-        return query_length, 0
-
-
-class _Reader(Cache):
-    """Gives each row its list's prefix before its own keys and values, and stores nothing."""
-
-    def __init__(self, pairs, owner, length):
-        super().__init__(layers=[])
-        self.pairs, self.owner, self.length = pairs, owner, length
-
-    def update(self, keys, values, layer_idx, *args, **kwargs):
-        past_keys, past_values = (x.index_select(0, self.owner) for x in self.pairs[layer_idx])  # (L, h, P, d) -> (N, h, P, d)
-        return torch.cat([past_keys, keys], dim=2), torch.cat([past_values, values], dim=2)
+        past = [[_rows(x, rows) for x in pairs[layer_idx]] for pairs, _, rows in self.levels]  # (M, h, T, d) -> (N, h, T, d)
+        return tuple(torch.cat(parts, dim=2) for parts in zip(*past, (keys, values))) if past else (keys, values)
 
     def get_seq_length(self, layer_idx=0):
         return self.length
@@ -436,6 +492,30 @@ class _Reader(Cache):
 
     def get_mask_sizes(self, query_length, layer_idx=0):
         return self.length + query_length, 0
+
+
+def _rows(x, rows):
+    return x.expand(len(rows), *x.shape[1:]) if len(x) == 1 else x.index_select(0, rows)  # the same, without a copy
+
+
+def _forward(model, ids, mask, levels):
+    """The model on rows of ids (N, T) that each follow a row of every level. Returns hidden (N, T, D) and the rows' own keys and
+    values {layer: (k, v)}. A level: (keys and values {layer: (M, h, T', d)}, mask (M, T'), the row for each of our N)."""
+    whole = torch.cat([*(m.index_select(0, rows) for _, m, rows in levels), mask], dim=1)
+    cache = _Levels(levels)
+    out = model.base_model(input_ids=ids, attention_mask=whole, position_ids=_positions(whole)[:, cache.length:], past_key_values=cache,
+                           use_cache=False)
+    return out.last_hidden_state, cache.pairs
+
+
+def _branch(model, levels, suffixes):
+    """One more level: all but the last token of the rows' suffixes, each different one once."""
+    rows = levels[0][2].tolist()
+    prompts = {prompt: n for n, prompt in enumerate(dict.fromkeys((o, tuple(s)) for o, s in zip(rows, suffixes)))}
+    ids, mask = _pad([s[:-1] for _, s in prompts], model.device, left=True)
+    pairs, prefix_mask, _ = levels[0]
+    _, own = _forward(model, ids, mask, [(pairs, prefix_mask, torch.tensor([o for o, _ in prompts], device=model.device))])
+    return [*levels, (own, mask, torch.tensor([prompts[o, tuple(s)] for o, s in zip(rows, suffixes)], device=model.device))]
 
 
 class SharedPrefix:
@@ -450,10 +530,7 @@ class SharedPrefix:
         if not share:
             return
         ids, self.mask = _pad(prefixes, model.device, left=True)
-        recorder = _Recorder()
-        model.base_model(input_ids=ids, attention_mask=self.mask, position_ids=_positions(self.mask), past_key_values=recorder,
-                         use_cache=False)
-        self.pairs = recorder.pairs
+        _, self.pairs = _forward(model, ids, self.mask, [])
         self.leaves = {layer: tuple(x.detach().requires_grad_(x.requires_grad) for x in kv) for layer, kv in self.pairs.items()}
 
     def backward(self):
@@ -467,6 +544,11 @@ class SharedPrefix:
         self.pairs = None
 
 
+def _shares_suffixes(owner, suffixes):
+    """Whether rows have a prompt in common, so that a pass over the different suffixes saves work."""
+    return max(map(len, suffixes)) > 1 and min(map(len, suffixes)) > 0 and len({(o, tuple(s)) for o, s in zip(owner, suffixes)}) < len(owner)
+
+
 def row_logprobs(prefix, owner, suffixes, responses, temperature=1.0):
     """Log-probabilities of the responses, and the hidden state at each row's last token. Differentiable.
 
@@ -474,20 +556,16 @@ def row_logprobs(prefix, owner, suffixes, responses, temperature=1.0):
     Returns logprobs (N, T) with 0 beyond a response's end, mask (N, T), hidden (N, D); T = the longest response.
     """
     model, device = prefix.model, prefix.model.device
-    heads = [[] if prefix.share else prefix.prefixes[o] for o in owner]
-    ids, _ = _pad([h + s + r for h, s, r in zip(heads, suffixes, responses)], device)
-    # Padding is at the right, where no real token can see it: no mask is needed for it.
-    positions = torch.arange(ids.shape[1], device=device).expand(len(owner), -1)
-    inputs = {}
+    levels, heads = [], [s if prefix.share else prefix.prefixes[o] + s for o, s in zip(owner, suffixes)]
     if prefix.share:
-        rows = torch.tensor(owner, device=device)
-        inputs["past_key_values"] = _Reader(prefix.leaves, rows, prefix.mask.shape[1])
-        positions = positions + prefix.mask.sum(-1)[rows, None]
-        if not bool(prefix.mask.all()):  # prefixes of unequal length: their padding is at the left, and must be hidden
-            inputs["attention_mask"] = torch.cat([prefix.mask[rows], torch.ones_like(ids)], dim=1)
-    hidden = model.base_model(input_ids=ids, position_ids=positions, use_cache=False, **inputs).last_hidden_state  # (N, S, D)
+        levels = [(prefix.leaves, prefix.mask, torch.tensor(owner, device=device))]
+        if _shares_suffixes(owner, suffixes):
+            levels, heads = _branch(model, levels, suffixes), [s[-1:] for s in suffixes]
+    # Padding is at the right, where no real token can see it, so the mask need not tell of it.
+    ids, _ = _pad([h + r for h, r in zip(heads, responses)], device)
+    hidden, _ = _forward(model, ids, torch.ones_like(ids), levels)  # (N, S, D)
 
-    starts = [len(h) + len(s) for h, s in zip(heads, suffixes)]
+    starts = [len(h) for h in heads]
     targets, mask = _pad(responses, device)
     mask = mask.bool()
     last = torch.tensor([a + len(r) - 1 for a, r in zip(starts, responses)], device=device)
@@ -501,7 +579,8 @@ def row_logprobs(prefix, owner, suffixes, responses, temperature=1.0):
 def _token_logprobs(output_layer, hidden, targets, temperature):
     """log softmax(W h / temperature)[target] in float32, (M, D), (M,) -> (M,), a bounded number of logits at a time."""
     def piece(h, t):
-        return -torch.nn.functional.cross_entropy(output_layer(h).float() / temperature, t, reduction="none")
+        logits = output_layer(h).float()
+        return -torch.nn.functional.cross_entropy(logits if temperature == 1 else logits / temperature, t, reduction="none")
 
     size = max(1, CHUNK_ELEMENTS // output_layer.weight.shape[0])
     if len(targets) <= size:
@@ -516,8 +595,8 @@ def micro_batches(model, prefixes, owner, suffixes, responses, micro_batch, shar
     """Yield (SharedPrefix, owner within it, row numbers) such that every row of `rows` (None: all) comes once.
 
     As many lists as have together at most `micro_batch` rows share one pass over their prefixes, at least one list. Rows are
-    sorted by length and cut into micro-batches. Under grad, run backward on each before taking the next: when a pass is
-    through, its collected gradients are sent through the prefixes.
+    ordered and cut into micro-batches. Under grad, run backward on each before taking the next: when a pass is through, its
+    collected gradients are sent through the prefixes.
     """
     by_list = {}
     for n in range(len(owner)) if rows is None else rows:
@@ -531,13 +610,36 @@ def micro_batches(model, prefixes, owner, suffixes, responses, micro_batch, shar
         size += len(members)
     for group in groups:
         prefix = SharedPrefix(model, [prefixes[i] for i in group], share)
-        members = sorted((n for i in group for n in by_list[i]),
-                         key=lambda n: (len(suffixes[n]) + len(responses[n]), group.index(owner[n]), suffixes[n], responses[n]))
+        members = [(group.index(owner[n]), suffixes[n], responses[n], n) for i in group for n in by_list[i]]
+        members = _cheapest_order(members, micro_batch, share)
         for start in range(0, len(members), micro_batch):
             part = members[start:start + micro_batch]
-            yield prefix, [group.index(owner[n]) for n in part], part
+            yield prefix, [o for o, _, _, _ in part], [n for _, _, _, n in part]
         if torch.is_grad_enabled():
             prefix.backward()
+
+
+def _cheapest_order(members, micro_batch, share):
+    """Rows (owner, suffix, response, number) by their length, which pads little, or with those of one prompt together, which then share
+    the pass over it: whichever leaves fewer tokens to compute. Both depend on the rows' content alone."""
+    longest = {}
+    for o, s, r, _ in members:
+        longest[o, tuple(s)] = max(longest.get((o, tuple(s)), 0), len(r))
+    by_length = sorted(members, key=lambda m: (len(m[1]) + len(m[2]), *m[:3]))
+    by_prompt = sorted(members, key=lambda m: (longest[m[0], tuple(m[1])], len(m[1]), *m[:3]))
+
+    def tokens(order):
+        total = 0
+        for start in range(0, len(order), micro_batch):
+            owner, suffixes, responses, _ = zip(*order[start:start + micro_batch])
+            if share and _shares_suffixes(owner, suffixes):
+                total += len({(o, tuple(s)) for o, s in zip(owner, suffixes)}) * (max(map(len, suffixes)) - 1)
+                total += len(owner) * (max(map(len, responses)) + 1)
+            else:
+                total += len(owner) * max(len(s) + len(r) for s, r in zip(suffixes, responses))
+        return total
+
+    return min(by_length, by_prompt, key=tokens)
 
 
 @torch.no_grad()

@@ -25,6 +25,9 @@ Deviations and choices (the papers' text leaves them open unless said otherwise)
   6. The instruction stands in the system message, so before the history: the suffix is the candidate alone, a third as long as
      with the instruction behind it.
   7. A warm-up fits the head alone, on stored rationales, before the backbone learns from its credit (`fit_score_head`).
+  8. Scores are read from the hidden states that sampling computes anyway, and an only update takes the old log-probabilities from its
+     own pass, so that no pass is needed between the two. In bfloat16 these states differ from the update's by rounding: the credit
+     is given for a score a little beside the one that moves.
 """
 
 import copy
@@ -230,7 +233,8 @@ def advantages(scores, relevance, k=10, credit="item", noise=None):
 class Rollout:
     """Lists with their rationales. Rows run over lists, candidates, samples: row (l, i, g) is number (l * K + i) * G + g.
 
-    Lists may differ in K. responses: ids, one list a row; logprobs and ref_logprobs (N, T); hidden (N, D), scores (N,).
+    Lists may differ in K. responses: ids, one list a row; logprobs and ref_logprobs (N, T), 0 beyond a response's end;
+    hidden (N, D), scores (N,).
     """
 
     prompts: list[policy.Prompt]
@@ -238,7 +242,6 @@ class Rollout:
     group_size: int
     responses: list[list[int]]
     logprobs: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
     hidden: torch.Tensor | None = None
     scores: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None
@@ -258,7 +261,7 @@ def generate(model, tokenizer, prompts, relevance, group_size, sampling, reasoni
     """Sample `group_size` rationales a candidate (none without reasoning: one empty response, the head reads the prompt)."""
     rollout = Rollout(prompts, relevance, group_size if reasoning else 1, [])
     if reasoning:
-        rollout.responses = policy.sample_rows(model, tokenizer, rollout.prefixes, rollout.owner, rollout.suffixes, sampling)
+        rollout.responses, rollout.hidden = policy.sample_rows(model, tokenizer, rollout.prefixes, rollout.owner, rollout.suffixes, sampling)
     else:
         rollout.responses = [[] for _ in rollout.owner]
     return rollout
@@ -266,13 +269,16 @@ def generate(model, tokenizer, prompts, relevance, group_size, sampling, reasoni
 
 @torch.no_grad()
 def score(model, score_head, rollout, temperature=1.0, micro_batch=32, share_prefix=True, reference=None):
-    """Fill in log-probabilities, hidden states and scores, by the very forward path of the update. Returns the rollout."""
-    rollout.logprobs, rollout.mask, rollout.hidden = policy.all_logprobs(
-        model, rollout.prefixes, rollout.owner, rollout.suffixes, rollout.responses, temperature, micro_batch, share_prefix)
+    """Fill in the scores, and log-probabilities and hidden states by the very forward path of the update. Returns the rollout.
+
+    model None: the hidden states are those of sampling, and the log-probabilities are left to the update (choice 8).
+    """
+    rows = (rollout.prefixes, rollout.owner, rollout.suffixes, rollout.responses, temperature, micro_batch, share_prefix)
+    if model is not None:
+        rollout.logprobs, _, rollout.hidden = policy.all_logprobs(model, *rows)
     rollout.scores = score_head(rollout.hidden) if score_head else None
     if reference is not None:
-        rollout.ref_logprobs, _, _ = policy.all_logprobs(
-            reference, rollout.prefixes, rollout.owner, rollout.suffixes, rollout.responses, temperature, micro_batch, share_prefix)
+        rollout.ref_logprobs, _, _ = policy.all_logprobs(reference, *rows)
     return rollout
 
 
@@ -315,11 +321,15 @@ def backward(model, score_head, rollout, signal, clip=0.2, kl_coef=0.0, temperat
     """Add the gradient of score loss + token loss to the parameters; lists without signal are skipped. Returns metrics.
 
     The token loss is divided by the rationale tokens of the whole rollout, so that micro-batches, padding and skipped lists
-    do not change it. With `kl_coef` the skipped lists still pay their KL.
+    do not change it. With `kl_coef` the skipped lists still pay their KL. Where the rollout has no log-probabilities, this is the
+    first update on it: the old ones are those of now, and are left in it.
     """
     rows = [n for n, o in enumerate(rollout.owner) if o in set(signal.alive) or kl_coef]
-    tokens = max(1, int(rollout.mask.sum()))
-    totals = dict.fromkeys(("token_loss", "kl", "clipped"), 0.0)
+    lengths = [len(r) for r in rollout.responses]
+    tokens, fresh = max(1, sum(lengths)), rollout.logprobs is None
+    if fresh:
+        rollout.logprobs = torch.zeros(len(rollout.owner), max(lengths), device=model.device)
+    totals = dict.fromkeys(("token_loss", "kl", "clipped", "entropy"), 0.0)
     for prefix, owner, part in policy.micro_batches(model, rollout.prefixes, rollout.owner, rollout.suffixes, rollout.responses,
                                                     micro_batch, share_prefix, rows):
         logprobs, mask, hidden = policy.row_logprobs(
@@ -327,6 +337,9 @@ def backward(model, score_head, rollout, signal, clip=0.2, kl_coef=0.0, temperat
         loss = (signal.score_gradient[part] * score_head(hidden)).sum()  # its gradient is the score loss's
         if mask.any():
             width = mask.shape[1]
+            if fresh:
+                rollout.logprobs[part, :width] = logprobs.detach()
+            totals["entropy"] -= logprobs.detach()[mask].sum().item() / max(1, sum(lengths[n] for n in rows))
             old, advantage = rollout.logprobs[part, :width], signal.advantages[part, None]
             token_loss = policy.clipped_loss(logprobs, old, advantage, clip)[mask].sum() / tokens
             totals["token_loss"] += token_loss.item()
@@ -391,7 +404,7 @@ def score_lists(model, tokenizer, score_head, lists, sampling, num_samples=1, mi
     sampling = replace(sampling, greedy=num_samples == 1)
     rollout = generate(model, tokenizer, prompts, empty, num_samples, sampling, reasoning)
     if score_head is not None:
-        scores = score(model, score_head, rollout, sampling.temperature, micro_batch, sampling.share_prefix).scores
+        scores = score(None if reasoning else model, score_head, rollout, sampling.temperature, micro_batch, sampling.share_prefix).scores
     else:
         scores = answer_log_odds(model, tokenizer, rollout, micro_batch, sampling.share_prefix)
     texts = tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)

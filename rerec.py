@@ -289,7 +289,7 @@ def generate(model, tokenizer, queries, group_size, sampling, personalized=False
     prompts = [build_prompt(tokenizer, q, personalized, list_length) for q in queries]
     rows = [n for n in range(len(queries)) for _ in range(group_size)]
     rollout = Rollout(queries, group_size, [p.prefix_ids for p in prompts], rows, [prompts[n].suffix_ids[0] for n in rows])
-    rollout.responses = policy.sample_rows(model, tokenizer, rollout.prefixes, rollout.owner, rollout.suffixes, sampling)
+    rollout.responses, _ = policy.sample_rows(model, tokenizer, rollout.prefixes, rollout.owner, rollout.suffixes, sampling)
     return rollout
 
 
@@ -398,5 +398,5 @@ OPEN_ENDED = "You are a recommendation assistant. Answer with the titles that fi
 def answer_open_ended(model, tokenizer, queries, sampling):
     """Responses to the requests alone, without candidates, for rewards.open_ended: texts."""
     prompts = [policy.encode_prompt(tokenizer, OPEN_ENDED, f"Request: {q.text}".replace("[SEP]", "SEP"), [""]) for q in queries]
-    rows = policy.sample_rows(model, tokenizer, [p.prefix_ids for p in prompts], list(range(len(prompts))), [p.suffix_ids[0] for p in prompts], sampling)
+    rows, _ = policy.sample_rows(model, tokenizer, [p.prefix_ids for p in prompts], list(range(len(prompts))), [p.suffix_ids[0] for p in prompts], sampling)
     return tokenizer.batch_decode(rows, skip_special_tokens=True)

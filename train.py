@@ -600,7 +600,8 @@ def roll_out(model, tokenizer, score_head, batch, args, reference=None):
     """Sampled and scored rationales for a batch of lists."""
     rollout = r2r.generate(model, tokenizer, *batch, args.group_size, evaluation.sampling_of(args), not args.no_reasoning)
     sampled = time.perf_counter()
-    return r2r.score(model, score_head, rollout, args.temperature, args.micro_batch, not args.no_share_prefix, reference), sampled
+    scored_by = model if args.ppo_epochs > 1 or args.no_reasoning else None  # one update takes what it needs from its own pass
+    return r2r.score(scored_by, score_head, rollout, args.temperature, args.micro_batch, not args.no_share_prefix, reference), sampled
 
 
 def warm_up(run, dataset, targets, args):
@@ -632,7 +633,7 @@ def train_rl(run, dataset, targets, args):
         batch = one_batch or draw_batch(dataset, targets, tokenizer, args)
         rollout, sampled = with_room(run, lambda: roll_out(model, tokenizer, score_head, batch, args, reference))
         scored = time.perf_counter()
-        losses = {"token_loss": 0.0, "kl": 0.0, "clipped": 0.0, "grad_norm": 0.0}  # if no list has a signal
+        losses = {"token_loss": 0.0, "kl": 0.0, "clipped": 0.0, "entropy": 0.0, "grad_norm": 0.0}  # if no list has a signal
         for epoch in range(args.ppo_epochs):
             if epoch:  # the scores have moved; the old log-probabilities stay those of the policy that sampled
                 old = rollout.logprobs
@@ -644,6 +645,8 @@ def train_rl(run, dataset, targets, args):
 
             def update():
                 optimizer.clear()
+                if args.ppo_epochs == 1:
+                    rollout.logprobs = None
                 return r2r.backward(model, score_head, rollout, signal, args.clip, args.kl_coef, args.temperature, args.micro_batch,
                                     not args.no_share_prefix)
 
@@ -660,7 +663,7 @@ def train_rl(run, dataset, targets, args):
         now = time.perf_counter()
         values = {"utility": utility, **losses, "length": tokens / len(lengths), "format_rate": sum(ended) / len(ended),
                   "truncated": sum(n >= args.max_new_tokens for n in lengths) / len(lengths),
-                  "entropy": -(rollout.logprobs.sum() / max(1, tokens)).item(), "dead_lists": len(rollout.prompts) - len(signal.alive),
+                  "dead_lists": len(rollout.prompts) - len(signal.alive),
                   "score_std": rollout.scores.std().item(), "seconds_sample": sampled - started, "seconds_score": scored - sampled,
                   "seconds_update": now - scored, "seconds": now - started}
         bar.set_postfix(ndcg=f"{utility:.3f}", len=f"{values['length']:.0f}", s=f"{values['seconds']:.1f}")

@@ -190,7 +190,7 @@ def test_greedy_sampling_is_the_argmax_of_the_plain_forward(model, tokenizer, pr
 def test_rows_of_several_lists_and_calls(model, tokenizer, prompts, rows):
     """Greedy responses do not depend on which rows share a generate call."""
     prefixes, owner, suffixes, _ = rows
-    results = [policy.sample_rows(model, tokenizer, prefixes, owner, suffixes, policy.Sampling(8, greedy=True, max_rows=size))
+    results = [policy.sample_rows(model, tokenizer, prefixes, owner, suffixes, policy.Sampling(8, greedy=True, max_rows=size))[0]
                for size in (100, 3, 1)]
     assert results[0] == results[1] == results[2]
 

@@ -54,7 +54,7 @@ def test_update_is_the_gradient_of_the_written_objective(model, score_head, roll
     """Off policy (the old log-probabilities are moved, so that the clip acts), with micro-batches and the shared prefix."""
     signal = r2r.signal(rollout, credit=credit)
     generator = torch.Generator().manual_seed(1)
-    moved = r2r.Rollout(rollout.prompts, rollout.relevance, 3, rollout.responses, mask=rollout.mask, scores=rollout.scores)
+    moved = r2r.Rollout(rollout.prompts, rollout.relevance, 3, rollout.responses, scores=rollout.scores)
     moved.logprobs = rollout.logprobs + 0.3 * torch.randn(rollout.logprobs.shape, generator=generator)
     moved.ref_logprobs = rollout.logprobs + 0.3 * torch.randn(rollout.logprobs.shape, generator=generator)
     zero(model, score_head)
