@@ -543,9 +543,9 @@ def micro_batches(model, prefixes, owner, suffixes, responses, micro_batch, shar
 @torch.no_grad()
 def all_logprobs(model, prefixes, owner, suffixes, responses, temperature=1.0, micro_batch=32, share=True):
     """row_logprobs of any number of rows, without gradients: logprobs (N, T), mask (N, T), hidden (N, D), in row order."""
-    logprobs = torch.zeros(len(owner), max(map(len, responses)), device=model.device)
+    logprobs = torch.zeros(len(owner), max(map(len, responses), default=0), device=model.device)
     mask = torch.zeros_like(logprobs, dtype=torch.bool)
-    hidden = None
+    hidden = None if owner else logprobs.new_zeros(0, model.get_output_embeddings().weight.shape[1])
     for prefix, local, part in micro_batches(model, prefixes, owner, suffixes, responses, micro_batch, share):
         lp, m, h = row_logprobs(prefix, local, [suffixes[n] for n in part], [responses[n] for n in part], temperature)
         if hidden is None:
