@@ -226,7 +226,7 @@ def reaching_others():
     try:
         yield
     except RuntimeError as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
         raise InputError(f"process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} cannot reach the others: one has ended (its own message "
                          f"says why), or did nothing for {TIMEOUT.seconds // 60} minutes ({reason})") from None
 
