@@ -1121,6 +1121,8 @@ def main():
         temporary.write_text(json.dumps(config, indent=1) + "\n")
         temporary.replace(out / "config.json")
     run.open_log()
+    if args.batch_lists < world():
+        print(f"note: --batch-lists {args.batch_lists} leaves some of {world()} processes without work in RL")
     print(f"{dataset.name}: {len(dataset.items)} items, {len(dataset.sequences)} users, "
           f"{' / '.join(str(len(dataset.splits[s])) for s in ('train', 'validation', 'test'))} examples in train / validation / test\n"
           f"{args.model}: {sum(p.numel() for p in run.model.parameters()) / 1e6:.1f}M parameters, {dtype} on {device}")
