@@ -265,10 +265,13 @@ def rank_0_first(function):
 
 
 def share_weights(*modules):
-    """All processes get rank 0's."""
-    for tensor in (t for m in modules if m is not None for t in m.state_dict().values()) if world() > 1 else ():
-        with reaching_others():
-            dist.broadcast(tensor, 0)
+    """All processes get rank 0's weights; a method without a score head passes None for it."""
+    if world() == 1:
+        return
+    for module in modules:
+        for tensor in module.state_dict().values() if module else ():
+            with reaching_others():
+                dist.broadcast(tensor, 0)
 
 
 def sum_gradients(parameters):
