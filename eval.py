@@ -181,7 +181,7 @@ def popularity_scores(examples, counts):
 def model_scores(model, tokenizer, score_head, examples, sampling, num_samples=1, micro_batch=32, reasoning=True, label="eval"):
     """Scores and rationales of a language model, a few lists at a time: [(scores (K,), rationales [K][num_samples])]."""
     results = []
-    rows = max(len(e.candidates) for e in examples) * num_samples
+    rows = max((len(e.candidates) for e in examples), default=1) * num_samples
     size = max(1, sampling.max_rows // rows)
     with tqdm(total=len(examples), desc=label, unit="list", leave=False) as bar:
         for start in range(0, len(examples), size):

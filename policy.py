@@ -368,7 +368,7 @@ def sample_rows(model, tokenizer, prefixes, owner, suffixes, sampling):
                     cache.batch_select_indices(keep)
                 rows = [n for n in rows if hidden[n] is None]
     model.train(was_training)
-    return responses, torch.stack(hidden)
+    return responses, torch.stack(hidden) if hidden else torch.zeros(0, model.get_output_embeddings().weight.shape[1], device=model.device)
 
 
 def _continue(model, ids, mask, cache, config):
@@ -645,9 +645,9 @@ def _cheapest_order(members, micro_batch, share):
 @torch.no_grad()
 def all_logprobs(model, prefixes, owner, suffixes, responses, temperature=1.0, micro_batch=32, share=True):
     """row_logprobs of any number of rows, without gradients: logprobs (N, T), mask (N, T), hidden (N, D), in row order."""
-    logprobs = torch.zeros(len(owner), max(map(len, responses)), device=model.device)
+    logprobs = torch.zeros(len(owner), max(map(len, responses), default=0), device=model.device)
     mask = torch.zeros_like(logprobs, dtype=torch.bool)
-    hidden = None
+    hidden = None if owner else logprobs.new_zeros(0, model.get_output_embeddings().weight.shape[1])
     for prefix, local, part in micro_batches(model, prefixes, owner, suffixes, responses, micro_batch, share):
         lp, m, h = row_logprobs(prefix, local, [suffixes[n] for n in part], [responses[n] for n in part], temperature)
         if hidden is None:

@@ -286,7 +286,7 @@ def score(model, score_head, rollout, temperature=1.0, micro_batch=32, share_pre
 class Signal:
     """What a rollout teaches: gradient (N,) of the score loss with respect to each score, and advantage (N,) of each rationale.
 
-    utility: mean over lists and columns of V (or its estimate); alive: the lists that carry any signal.
+    utility: mean over lists and columns of V (or its estimate), or a process's share of it; alive: the lists that carry any signal.
     """
 
     score_gradient: torch.Tensor
@@ -295,8 +295,14 @@ class Signal:
     alive: list[int]
 
 
-def signal(rollout, k=10, credit="item", permutations=0, generator=None):
-    """Score gradients and advantages of a scored rollout. permutations = 0: exact V; else Monte Carlo over so many."""
+def signal(rollout, k=10, credit="item", permutations=0, generator=None, num_lists=None):
+    """Score gradients and advantages of a scored rollout. permutations = 0: exact V; else Monte Carlo over so many.
+
+    num_lists: of the whole step, where the rollout is one process's part of it (None: the rollout's own).
+    """
+    if not rollout.prompts:  # a process that has no list in this step
+        return Signal(rollout.scores, rollout.scores, 0.0, [])
+    num_lists = num_lists or len(rollout.prompts)
     gradients, credits, utilities, alive = [], [], [], []
     for n, (scores, relevance) in enumerate(zip(rollout.lists(rollout.scores), rollout.relevance)):
         relevance = relevance.to(scores.device)
@@ -308,28 +314,30 @@ def signal(rollout, k=10, credit="item", permutations=0, generator=None):
         advantage = advantages(scores, relevance, k, credit, noise)
         if gradient.abs().max() > 1e-7 or advantage.abs().max() > 1e-3:
             alive.append(n)
-        gradients.append(gradient.flatten() / len(rollout.prompts))
+        gradients.append(gradient.flatten() / num_lists)
         credits.append(advantage.flatten())
         utilities.append(utility.mean())
-    return Signal(torch.cat(gradients), torch.cat(credits), torch.stack(utilities).mean().item(), alive)
+    return Signal(torch.cat(gradients), torch.cat(credits), (torch.stack(utilities).sum() / num_lists).item(), alive)
 
 
 # --- update ------------------------------------------------------------------------------------------------------------------
 
 
-def backward(model, score_head, rollout, signal, clip=0.2, kl_coef=0.0, temperature=1.0, micro_batch=32, share_prefix=True):
+def backward(model, score_head, rollout, signal, clip=0.2, kl_coef=0.0, temperature=1.0, micro_batch=32, share_prefix=True, tokens=None):
     """Add the gradient of score loss + token loss to the parameters; lists without signal are skipped. Returns metrics.
 
     The token loss is divided by the rationale tokens of the whole rollout, so that micro-batches, padding and skipped lists
     do not change it. With `kl_coef` the skipped lists still pay their KL. Where the rollout has no log-probabilities, this is the
-    first update on it: the old ones are those of now, and are left in it.
+    first update on it: the old ones are those of now, and are left in it. tokens: of the whole step, where the rollout is one
+    process's part of it (None: the rollout's own); gradients and metrics then are this part's share, to be summed. "entropy" is a
+    sum over the "updated" tokens.
     """
     rows = [n for n, o in enumerate(rollout.owner) if o in set(signal.alive) or kl_coef]
     lengths = [len(r) for r in rollout.responses]
-    tokens, fresh = max(1, sum(lengths)), rollout.logprobs is None
+    tokens, fresh = max(1, sum(lengths) if tokens is None else tokens), rollout.logprobs is None
     if fresh:
-        rollout.logprobs = torch.zeros(len(rollout.owner), max(lengths), device=model.device)
-    totals = dict.fromkeys(("token_loss", "kl", "clipped", "entropy"), 0.0)
+        rollout.logprobs = torch.zeros(len(rollout.owner), max(lengths, default=0), device=model.device)
+    totals = {**dict.fromkeys(("token_loss", "kl", "clipped", "entropy"), 0.0), "updated": sum(lengths[n] for n in rows)}
     for prefix, owner, part in policy.micro_batches(model, rollout.prefixes, rollout.owner, rollout.suffixes, rollout.responses,
                                                     micro_batch, share_prefix, rows):
         logprobs, mask, hidden = policy.row_logprobs(
@@ -339,7 +347,7 @@ def backward(model, score_head, rollout, signal, clip=0.2, kl_coef=0.0, temperat
             width = mask.shape[1]
             if fresh:
                 rollout.logprobs[part, :width] = logprobs.detach()
-            totals["entropy"] -= logprobs.detach()[mask].sum().item() / max(1, sum(lengths[n] for n in rows))
+            totals["entropy"] -= logprobs.detach()[mask].sum().item()
             old, advantage = rollout.logprobs[part, :width], signal.advantages[part, None]
             token_loss = policy.clipped_loss(logprobs, old, advantage, clip)[mask].sum() / tokens
             totals["token_loss"] += token_loss.item()

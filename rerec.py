@@ -295,7 +295,7 @@ def generate(model, tokenizer, queries, group_size, sampling, personalized=False
 
 def judge(tokenizer, rollout, graph=None, embeddings=None, weights=(0.01, 0.01), penalty=0.3, list_length=1):
     """Fill in what became of each response and its tokens' advantages. penalty 0: no RAAE. Returns the rollout."""
-    G, width = rollout.group_size, max(map(len, rollout.responses))
+    G, width = rollout.group_size, max(map(len, rollout.responses), default=0)
     token_rewards, mask = torch.zeros(len(rollout.owner), width), torch.zeros(len(rollout.owner), width, dtype=torch.bool)
     rollout.judged = []
     for row, (n, ids) in enumerate(zip(rollout.owner, rollout.responses)):
@@ -326,19 +326,32 @@ def score(model, rollout, temperature=1.0, micro_batch=32, share_prefix=True, re
 # --- update ------------------------------------------------------------------------------------------------------------------
 
 
-def backward(model, rollout, clip=0.2, kl_coef=0.0, temperature=1.0, micro_batch=32, share_prefix=True):
+def updated_rows(rollout, kl_coef=0.0):
+    """The rows that the update goes through: those of groups with an advantage; all, where every group pays its KL."""
+    alive = {rollout.owner[n] for n in rollout.advantages.any(1).nonzero().flatten().tolist()}
+    return [n for n, o in enumerate(rollout.owner) if o in alive or kl_coef]
+
+
+def count_tokens(rollout, kl_coef=0.0):
+    """What `backward` divides by: {"tokens": of all responses, "updated": of those that the update goes through}."""
+    lengths = [len(r) for r in rollout.responses]
+    return {"tokens": sum(lengths), "updated": sum(lengths[n] for n in updated_rows(rollout, kl_coef))}
+
+
+def backward(model, rollout, clip=0.2, kl_coef=0.0, temperature=1.0, micro_batch=32, share_prefix=True, counts=None):
     """Add the gradient of clipped loss + kl_coef * k3 to the parameters. Returns metrics.
 
     Both are sums over tokens divided by the tokens of the whole rollout, so micro-batches, padding and skipped groups do not
     change them. Groups without advantage are skipped, unless they still pay their KL. Where the rollout was not scored, this is
-    the first update on it: the old log-probabilities are those of now, and are left in it.
+    the first update on it: the old log-probabilities are those of now, and are left in it. counts: `count_tokens` of the whole
+    step, where the rollout is one process's part of it (None: the rollout's own); gradients and metrics then are this part's
+    share, to be summed.
     """
-    alive = {rollout.owner[n] for n in rollout.advantages.abs().amax(1).nonzero().flatten().tolist()}
-    rows = [n for n, o in enumerate(rollout.owner) if o in alive or kl_coef]
-    lengths = [len(r) for r in rollout.responses]
-    tokens, fresh = max(1, sum(lengths)), rollout.logprobs is None
+    rows, alive = updated_rows(rollout, kl_coef), {rollout.owner[n] for n in updated_rows(rollout)}
+    counts, fresh = counts or count_tokens(rollout, kl_coef), rollout.logprobs is None
+    tokens, updated = max(1, counts["tokens"]), max(1, counts["updated"])
     if fresh:
-        rollout.logprobs = torch.zeros(len(rollout.owner), max(lengths), device=model.device)
+        rollout.logprobs = torch.zeros(len(rollout.owner), max(map(len, rollout.responses), default=0), device=model.device)
     totals = {"token_loss": 0.0, "kl": 0.0, "clipped": 0.0, "entropy": 0.0, "dead_groups": len(rollout.queries) - len(alive)}
     for prefix, owner, part in policy.micro_batches(model, rollout.prefixes, rollout.owner, rollout.suffixes, rollout.responses,
                                                     micro_batch, share_prefix, rows):
@@ -347,7 +360,7 @@ def backward(model, rollout, clip=0.2, kl_coef=0.0, temperature=1.0, micro_batch
         width = mask.shape[1]
         if fresh:
             rollout.logprobs[part, :width] = logprobs.detach()
-        totals["entropy"] -= logprobs.detach()[mask].sum().item() / max(1, sum(lengths[n] for n in rows))
+        totals["entropy"] -= logprobs.detach()[mask].sum().item() / updated
         old, advantage = rollout.logprobs[part, :width], rollout.advantages[part, :width].to(logprobs.device)
         loss = policy.clipped_loss(logprobs, old, advantage, clip)[mask].sum() / tokens
         totals["token_loss"] += loss.item()

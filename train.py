@@ -4,6 +4,7 @@
     python train.py --method rerec                                      the same for ReRec
     python train.py --model Qwen2.5-1.5B --data beauty                  one GPU; bfloat16 weights, float32 optimiser
     python train.py --model tiny --no-reasoning                         the control: no rationale, the head reads the prompt
+    torchrun --nproc-per-node 8 train.py --model Qwen2.5-1.5B --data beauty         eight GPUs, each with a part of every step
 
 Stages, in the order of the file:
     1. cold start   supervised on traces that reason and answer, 1 yes : 2 no, loss on the response alone (`--sft-steps`)
@@ -16,13 +17,19 @@ score_head.safetensors) and eval.json; until the run has finished, also states/,
 
     python train.py --resume runs/beauty-Qwen2.5-1.5B                   goes on as if nothing had happened
 
-Deviation: the optimiser is AdamW (0.9, 0.95) with 5% linear warm-up, without weight decay on any parameter. After the warm-up the
-rate is constant in R2Rank's RL, and falls linearly to a tenth in the cold start and in ReRec's RL.
+Deviations:
+  1. The optimiser is AdamW (0.9, 0.95) with 5% linear warm-up, without weight decay on any parameter. After the warm-up the
+     rate is constant in R2Rank's RL, and falls linearly to a tenth in the cold start and in ReRec's RL.
+  2. Several processes share a step without DistributedDataParallel: an update has many backward passes, in pieces (SharedPrefix
+     in policy.py) and not equally many on each process, which its reducer does not fit. Each process adds up the gradients of
+     its own lists, divided by the counts of the whole step; one sum over the processes, before clipping, makes them those
+     of the whole step. A process without a list adds nothing, and the others do not wait for it.
 """
 
 import argparse
 import contextlib
 import copy
+import functools
 import gc
 import importlib.metadata
 import itertools
@@ -35,9 +42,11 @@ import shutil
 import signal as signals
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import clip_grad_norm_
@@ -175,6 +184,136 @@ def check_method_flags(parser, args):
         raise InputError(f"--list-length {args.list_length}: there are only {args.num_candidates} candidates to answer with")
 
 
+# --- several processes ---------------------------------------------------------------------------------------------------
+# Every process draws the same batches from the same seeds, and works on its part of each. Without torchrun there is one process,
+# of rank 0, and these functions do nothing. What waits for other processes stands in train.py alone.
+
+TIMEOUT = timedelta(minutes=30)  # for which a process waits for the others: more than a slow rollout or a download takes
+BUCKET = 2**24  # gradients summed at once: 64 MB in float32
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def processes():
+    """Meet the processes that torchrun started, if it did. Rank 0 alone prints and shows progress; the others, only errors of their own."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ:
+        gpus = torch.cuda.is_available() and dist.is_nccl_available()
+        with reaching_others():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=TIMEOUT)
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)  # eval.py's bars, too
+    try:
+        yield
+    except (InputError, OSError):
+        if rank():
+            time.sleep(2)  # an error that all meet is told once: rank 0 ends first, and then torchrun ends the others
+        raise
+    if world() > 1:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def reaching_others():
+    """Around every call that waits for other processes: InputError where one of them has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+        raise InputError(f"process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} cannot reach the others: one has ended (its own message "
+                         f"says why), or did nothing for {TIMEOUT.seconds // 60} minutes ({reason})") from None
+
+
+def part(items):
+    """This process's share of a list: neighbours, as many as the others have or one less, perhaps none."""
+    return items[len(items) * rank() // world():len(items) * (rank() + 1) // world()]
+
+
+def gather(items):
+    """The lists of all processes joined in the order of ranks, which undoes `part`; so all processes wait for one another."""
+    if world() == 1:
+        return items
+    parts = [None] * world()
+    with reaching_others():
+        dist.all_gather_object(parts, items)
+    return [x for p in parts for x in p]
+
+
+def all_sum(values):
+    """{name: number}, each summed over the processes."""
+    if world() == 1:
+        return values
+    parts = gather([values])
+    return {name: sum(p[name] for p in parts) for name in values}
+
+
+def rank_0_first(function):
+    """function(), by rank 0 before the others, who then find what it downloaded or computed in the cache."""
+    if rank():
+        gather([])
+    result = function()
+    if not rank():
+        gather([])
+    return result
+
+
+def share_weights(*modules):
+    """All processes get rank 0's weights; a method without a score head passes None for it."""
+    if world() == 1:
+        return
+    for module in modules:
+        for tensor in module.state_dict().values() if module else ():
+            with reaching_others():
+                dist.broadcast(tensor, 0)
+
+
+def sum_gradients(parameters):
+    """Sum each parameter's gradient over the processes, a bucket at a time. What has none on any process keeps none."""
+    if world() == 1:
+        return
+    mine = [p.grad is not None for p in parameters]
+    anywhere = [any(flags) for flags in zip(*gather([mine]))]
+    buckets, room = [], 0
+    for p in (p for p, some in zip(parameters, anywhere) if some):
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad.contiguous()
+        if p.numel() > room:
+            buckets.append([])
+            room = max(BUCKET, p.numel())
+        buckets[-1].append(p.grad)
+        room -= p.numel()
+    for bucket in buckets:
+        flat = torch.cat([g.flatten() for g in bucket]) if len(bucket) > 1 else bucket[0]
+        with reaching_others():
+            dist.all_reduce(flat)
+        if len(bucket) > 1:
+            for gradient, total in zip(bucket, flat.split([g.numel() for g in bucket])):
+                gradient.copy_(total.view_as(gradient))
+
+
+def own_gpu(device):
+    """`device`, and a GPU of this machine for each process on it. Raises InputError where there are too few."""
+    if world() > 1 and device != "cpu":
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if device != "cuda":
+            raise InputError(f"--device {device}: several processes run on `cuda`, each on a GPU of its own, or on `cpu`")
+        if local >= gpus:
+            raise InputError(f"more processes than GPUs on this machine: start torchrun with --nproc-per-node {gpus}, or add --device cpu")
+        torch.cuda.set_device(local)  # from here on `cuda` means this one
+    return device
+
+
+def launcher():
+    """How a run like this one is started: what stands before train.py."""
+    return "python" if world() == 1 else f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', world())}"
+
+
 class Optimizer:
     """AdamW whose state, and for bfloat16 weights a copy of them, is float32.
 
@@ -211,6 +350,7 @@ class Optimizer:
         Gradients that are not finite are thrown away: the weights stay as they are.
         """
         parameters = [p for g in self.adamw.param_groups for p in g["params"]]
+        sum_gradients(parameters)
         norm = clip_grad_norm_(parameters, max_norm).item()
         if not math.isfinite(norm):
             self.clear()
@@ -257,7 +397,8 @@ class Run:
 
     A state, `states/1-sft-000400` or `states/2-rl-000050`, is a checkpoint with training.safetensors (optimizer, random states) and
     training.json (how much of each stream was drawn, how long the log was, earlier results) beside it. Whatever came after the
-    last state is computed again, and the log is cut back to it: the same numbers come out.
+    last state is computed again, and the log is cut back to it: the same numbers come out. Of several processes rank 0 writes,
+    for all; resumed with another number of processes, each has random states of its own again, but not all those that were saved.
     """
 
     STAGES = {"sft": 1, "rl": 2}
@@ -270,6 +411,8 @@ class Run:
         self.stage, self.step, self.tensors, self.record = None, 0, {}, {}
         self.in_step = self.stopping = False
         self.failures = 0
+        if rank():
+            return
         try:
             (folder / "states").mkdir(parents=True, exist_ok=True)
             self.lock = open(folder / ".lock", "w")
@@ -283,6 +426,8 @@ class Run:
                 raise InputError(f"{folder}: another run is at work in this directory; choose another --out") from None
 
     def clear(self):
+        if rank():
+            return
         for path in self.folder.iterdir():
             if path.name != ".lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -304,8 +449,12 @@ class Run:
             raise InputError(f"{error}. Delete {state} to resume from "
                              f"{others[-1] if others else 'the beginning (no other state was kept; see --keep)'}") from None
         self.stage, self.step, self.results = self.record["stage"], self.record["step"], self.record["results"]
+        if (before := self.record.get("processes", 1)) != world():
+            print(f"note: the run had {before} process{'es' * (before > 1)} and has {world()} now: what it samples will differ from here on")
 
     def open_log(self):
+        if rank():
+            return
         path = self.folder / "metrics.jsonl"
         self.file = open(path, "r+" if self.record and path.exists() else "w")
         self.file.truncate(self.record.get("log_bytes", 0))
@@ -313,13 +462,15 @@ class Run:
 
     def log(self, stage, step, values, line=None):
         """A line of metrics.jsonl and, sometimes, one in the terminal."""
+        if rank():
+            return
         rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
         try:
             self.file.write(json.dumps({"stage": stage, "step": step, **rounded}) + "\n")
             self.file.flush()
         except OSError as error:
             raise InputError(f"{self.file.name}: cannot be written ({error}). The last saved state is untouched; once there is room again: "
-                             f"python train.py --resume {self.folder}") from None
+                             f"{launcher()} train.py --resume {self.folder}") from None
         if line:
             tqdm.write(line)
 
@@ -336,30 +487,39 @@ class Run:
         if self.stage == stage:
             first = self.step
             optimizer.load({k: v for k, v in self.tensors.items() if k.startswith(("adamw.", "master."))})
-            torch.set_rng_state(self.tensors["random.torch"])
-            for name, generator in self.generators.items():
-                generator.set_state(self.tensors[f"random.{name}"])
-            if torch.cuda.is_available() and "random.cuda" in self.tensors:
-                torch.cuda.set_rng_state(self.tensors["random.cuda"])
+            setters = {"torch": torch.set_rng_state, **{name: g.set_state for name, g in self.generators.items()}}
+            if torch.cuda.is_available():
+                setters["cuda"] = torch.cuda.set_rng_state
+            for name, set_state in setters.items():
+                if (key := random_key(name, rank())) in self.tensors:  # not, where the run had fewer processes or no GPU before
+                    set_state(self.tensors[key])
             self.tensors = {}
         bar = tqdm(range(first + 1, total + 1), desc=label, unit="step", initial=first, total=total)
+        self.in_step = True
         for step in bar:
-            self.in_step = True
             yield step, bar
-            if step % self.args.save_every == 0 or step == total or self.stopping:
+            stopping = any(gather([self.stopping]))  # one process was asked to: all stop after the same step
+            if step % self.args.save_every == 0 or step == total or stopping:
                 self.save(stage, step, optimizer)
-            self.in_step = False
-            if self.stopping:
+            if stopping:
+                gather([])  # until rank 0 has saved
                 raise KeyboardInterrupt
+        self.in_step = False
+        if any(gather([self.stopping])):  # asked to while the last step was being saved
+            raise KeyboardInterrupt
 
     def save(self, stage, step, optimizer):
+        random_states = {"torch": torch.get_rng_state(), **{name: g.get_state() for name, g in self.generators.items()}}
+        if torch.cuda.is_available():
+            random_states["cuda"] = torch.cuda.get_rng_state()
+        random_states = gather([random_states])
+        if rank():
+            return
         self.file.flush()
         os.fsync(self.file.fileno())
         record = {"stage": stage, "step": step, "log_bytes": self.file.tell(), "results": self.results,
-                  "drawn": {name: s.drawn for name, s in self.streams.items()}}
-        tensors = {**optimizer.tensors(), "random.torch": torch.get_rng_state(), **{f"random.{n}": g.get_state() for n, g in self.generators.items()}}
-        if torch.cuda.is_available():
-            tensors["random.cuda"] = torch.cuda.get_rng_state()
+                  "drawn": {name: s.drawn for name, s in self.streams.items()}, "processes": world()}
+        tensors = optimizer.tensors() | {random_key(name, n): state for n, states in enumerate(random_states) for name, state in states.items()}
 
         def write(folder):
             self.write_checkpoint(folder)
@@ -381,7 +541,8 @@ class Run:
             (folder / "curriculum.json").write_text(json.dumps(self.curriculum.state_dict()) + "\n")
 
     def finish(self):
-        policy.save_directory(self.folder / "checkpoint", self.write_checkpoint)
+        if rank() == 0:
+            policy.save_directory(self.folder / "checkpoint", self.write_checkpoint)
 
     def check_finite(self, finite, batch):
         """Counts steps without a finite gradient; the third in a row stops the run and leaves its batch for inspection."""
@@ -389,16 +550,18 @@ class Run:
         if not finite:
             tqdm.write("a loss, reward or gradient was not finite: this step changes nothing")
         if self.failures == self.PATIENCE:
-            path = self.folder / "bad-batch.json"
-            path.write_text(json.dumps(batch) + "\n")
+            path, batches = self.folder / "bad-batch.json", gather([batch])
+            if rank() == 0:
+                path.write_text(json.dumps(batch if world() == 1 else batches) + "\n")
             raise InputError(f"{self.PATIENCE} steps in a row had a loss, reward or gradient that was not finite; their last batch is in {path}. "
                              f"Lower the learning rates, or try --dtype float32")
 
     def on_signal(self, number, frame):
-        if not self.in_step or self.stopping:
+        if not self.in_step or self.stopping and world() == 1:
             raise KeyboardInterrupt
+        if not self.stopping:  # torchrun hands signals on, so one may come twice; it kills who takes too long
+            tqdm.write("finishing this step, then saving" + "; once more to leave at once" * (world() == 1))
         self.stopping = True
-        tqdm.write("finishing this step, then saving; once more to leave at once")
 
     @contextlib.contextmanager
     def interruptible(self):
@@ -407,11 +570,18 @@ class Run:
         try:
             yield
         except KeyboardInterrupt:
-            print(f"\ninterrupted; go on with: python train.py --resume {self.folder}")
+            for number in before:
+                signals.signal(number, signals.SIG_IGN)  # it is leaving
+            print(f"\ninterrupted; go on with: {launcher()} train.py --resume {self.folder}")
             sys.exit(130)
         finally:
             for number, handler in before.items():
                 signals.signal(number, handler)
+
+
+def random_key(name, process):
+    """The name of a random state among a state's tensors; process: the rank that it belongs to."""
+    return f"random.{name}" + f".{process}" * (process > 0)
 
 
 class Counted:
@@ -429,25 +599,35 @@ class Counted:
 
 
 def with_room(run, attempt):
-    """attempt(), once more with half the --micro-batch and --rollout-rows where memory ran out. Raises InputError when that fails, too."""
-    try:
-        return attempt()
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-    args = run.args  # outside the handler: its exception would keep the tensors of the failed attempt
+    """attempt(), once more with half the --micro-batch and --rollout-rows where memory ran out. Raises InputError when that fails, too.
+
+    If one of several processes runs out, all try again: so attempt() itself must not wait for others.
+    """
+    result, failure = tried(attempt)
+    if not any(gather([failure])):
+        return result
+    del result
+    args = run.args
     args.micro_batch, args.rollout_rows = max(1, args.micro_batch // 2), max(1, args.rollout_rows // 2)
     tqdm.write(f"out of memory: going on with --micro-batch {args.micro_batch} --rollout-rows {args.rollout_rows}")
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    result, failure = tried(attempt)
+    if failures := [f for f in gather([failure]) if f]:
+        raise InputError(f"out of memory again ({failures[0]}). Lower --micro-batch and --rollout-rows, then --max-new-tokens or "
+                         f"--history-length; or add --gradient-checkpointing")
+    return result
+
+
+def tried(attempt):
+    """(attempt(), ""), or (None, the reason) where memory ran out; the exception, which would keep the attempt's tensors, is gone."""
     try:
-        return attempt()
+        return attempt(), ""
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        raise InputError(f"out of memory again ({str(error).splitlines()[0] if str(error) else type(error).__name__}). Lower --micro-batch and "
-                         f"--rollout-rows, then --max-new-tokens or --history-length; or add --gradient-checkpointing") from None
+        return None, str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def out_of_memory(error):
@@ -487,10 +667,9 @@ def ask_teacher(dataset, args, device, dtype, path):
     """Ask a model about (user, item) pairs, half of them positive; write the traces whose answer equals the label to a JSONL."""
     teacher, tokenizer = policy.load(args.teacher, device, dtype, dataset.texts(), args.seed)
     sampling = policy.Sampling(512, args.temperature, False, not args.no_share_prefix, args.rollout_rows)
-    kept = 0
-    unfinished = path.with_name(path.name + ".part")
-    with open(unfinished, "w") as f, tqdm(total=args.teacher_traces, desc="teacher", unit="pair") as bar:
-        for target in dataset.targets("train", f"teacher/{args.seed}")[:(args.teacher_traces + 1) // 2]:
+    lines, targets = [], part(dataset.targets("train", f"teacher/{args.seed}")[:(args.teacher_traces + 1) // 2])
+    with tqdm(total=2 * len(targets), desc="teacher", unit="pair") as bar:
+        for target in targets:
             example = dataset.example(target, args.num_candidates, args.history_length, args.seed)
             where = example.relevance.index(1.0)
             pair = [example.candidates[where], example.candidates[where - 1]]
@@ -499,12 +678,16 @@ def ask_teacher(dataset, args, device, dtype, path):
                                                                      **vars(sampling))):
                 trace = tokenizer.decode(ids, skip_special_tokens=True).strip()
                 if r2r.parse_answer(trace) == bool(label):
-                    kept += 1
-                    f.write(json.dumps({"user": example.user, "history": [x.id for x in example.history], "candidate": item.id,
-                                        "label": label, "trace": trace}) + "\n")
+                    lines.append(json.dumps({"user": example.user, "history": [x.id for x in example.history], "candidate": item.id,
+                                             "label": label, "trace": trace}) + "\n")
             bar.update(2)
-            bar.set_postfix(kept=kept)
-    unfinished.replace(path)
+            bar.set_postfix(kept=len(lines))
+    lines = gather(lines)
+    if rank() == 0:
+        unfinished = path.with_name(path.name + ".part")
+        unfinished.write_text("".join(lines))
+        unfinished.replace(path)
+    gather([])  # until it is there
     return path
 
 
@@ -549,12 +732,12 @@ def cold_start(run, lessons, args):
     for step, bar in run.steps("sft", args.sft_steps, optimizer, "cold start"):
         started = time.perf_counter()
         prefixes, owner, suffixes, responses = [], [], [], []
-        for prompt, texts in next(lessons):
+        for prompt, texts in part(next(lessons)):
             owner += [len(prefixes)] * len(texts)
             prefixes.append(prompt.prefix_ids)
             suffixes += prompt.suffix_ids if len(prompt.suffix_ids) == len(texts) else prompt.suffix_ids * len(texts)
             responses += [tokenizer(t, add_special_tokens=False).input_ids + [end] for t in texts]
-        tokens = sum(map(len, responses))
+        tokens = sum(gather([len(r) for r in responses]))
 
         def update():
             optimizer.clear()
@@ -567,7 +750,7 @@ def cold_start(run, lessons, args):
                 total += loss.item()
             return total
 
-        total = with_room(run, update)
+        total = sum(gather([with_room(run, update)]))
         done = step / args.sft_steps
         norm = optimizer.step(rate=min(1.0, done / 0.05) * (1 - 0.9 * done))
         run.check_finite(math.isfinite(norm), {"stage": "sft", "step": step, "responses": tokenizer.batch_decode(responses)})
@@ -591,7 +774,9 @@ def list_lessons(tokenizer, lessons, args):
 
 
 def draw_batch(dataset, targets, tokenizer, args):
+    """This process's part of the step's lists: prompts and relevance."""
     examples = [dataset.example(next(targets), args.num_candidates, args.history_length, args.seed) for _ in range(args.batch_lists)]
+    examples = part(examples)
     prompts = [r2r.build_prompt(tokenizer, e.history, e.candidates, not args.no_reasoning) for e in examples]
     return prompts, [torch.tensor(e.relevance) for e in examples]
 
@@ -609,11 +794,13 @@ def warm_up(run, dataset, targets, args):
     for _ in tqdm(range(args.warmup_steps), desc="warm-up", unit="step"):
         batch = draw_batch(dataset, targets, run.tokenizer, args)
         rollout, _ = with_room(run, lambda: roll_out(run.model, run.tokenizer, run.score_head, batch, args))
-        hidden += rollout.lists(rollout.hidden.float())
-        relevance += rollout.relevance
+        hidden += gather([h.cpu() for h in rollout.lists(rollout.hidden.float())])
+        relevance += gather(rollout.relevance)
     if hidden:
         optimizer = torch.optim.AdamW(run.score_head.parameters(), lr=1e-3, weight_decay=0.0)
-        utility = r2r.fit_score_head(run.score_head, hidden, relevance, optimizer)
+        hidden = [h.to(run.model.device) for h in hidden]
+        utility = r2r.fit_score_head(run.score_head, hidden, relevance, optimizer) if rank() == 0 else 0.0
+        share_weights(run.score_head)
         run.log("warmup", args.warmup_steps, {"utility": utility, "lists": len(hidden)},
                 f"warm-up of the score head on {len(hidden)} lists: expected NDCG@10 {utility:.3f} on those held out")
 
@@ -623,7 +810,7 @@ def train_rl(run, dataset, targets, args):
     reference = frozen_reference(run, args) if args.kl_coef else None
     optimizer = Optimizer([{"params": list(model.parameters()), "lr": args.lr},
                            {"params": list(score_head.parameters()), "lr": args.head_lr}])
-    generator = run.generators["permutations"] = torch.Generator().manual_seed(args.seed)
+    generator = run.generators["permutations"] = torch.Generator().manual_seed(args.seed + rank())
     if run.stage != "rl":
         run.save("rl", 0, optimizer)  # the cold start and the warm-up are not done again
     one_batch = draw_batch(dataset, endless(dataset, "train", args.seed), tokenizer, args) if args.overfit_one_batch else None
@@ -633,6 +820,8 @@ def train_rl(run, dataset, targets, args):
         batch = one_batch or draw_batch(dataset, targets, tokenizer, args)
         rollout, sampled = with_room(run, lambda: roll_out(model, tokenizer, score_head, batch, args, reference))
         scored = time.perf_counter()
+        lengths = gather([len(r) for r in rollout.responses])
+        tokens = sum(lengths)
         losses = {"token_loss": 0.0, "kl": 0.0, "clipped": 0.0, "entropy": 0.0, "grad_norm": 0.0}  # if no list has a signal
         for epoch in range(args.ppo_epochs):
             if epoch:  # the scores have moved; the old log-probabilities stay those of the policy that sampled
@@ -640,31 +829,32 @@ def train_rl(run, dataset, targets, args):
                 r2r.score(model, score_head, rollout, args.temperature, args.micro_batch, not args.no_share_prefix)
                 rollout.logprobs = old
             signal = r2r.signal(rollout, credit=args.credit, permutations=args.permutations if args.pl == "sample" else 0,
-                                generator=generator)
-            utility = signal.utility if epoch == 0 else utility
+                                generator=generator, num_lists=args.batch_lists)
+            whole = all_sum({"utility": signal.utility, "alive": len(signal.alive)})
+            utility = whole["utility"] if epoch == 0 else utility
 
             def update():
                 optimizer.clear()
                 if args.ppo_epochs == 1:
                     rollout.logprobs = None
                 return r2r.backward(model, score_head, rollout, signal, args.clip, args.kl_coef, args.temperature, args.micro_batch,
-                                    not args.no_share_prefix)
+                                    not args.no_share_prefix, tokens)
 
-            if not math.isfinite(signal.utility):
+            if not math.isfinite(whole["utility"]):
                 losses["grad_norm"] = math.nan
-            elif signal.alive or args.kl_coef:
-                losses = with_room(run, update)
+            elif whole["alive"] or args.kl_coef:
+                losses = all_sum(with_room(run, update))
+                losses["entropy"] /= max(1, losses.pop("updated"))
                 losses["grad_norm"] = optimizer.step(rate=min(1.0, step / max(1, 0.05 * args.steps)))
-        lengths = [len(r) for r in rollout.responses]
-        tokens = sum(lengths)
         texts = tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
         run.check_finite(math.isfinite(losses["grad_norm"]), {"stage": "rl", "step": step, "responses": texts, "scores": rollout.scores.tolist()})
-        ended = [t is not None for t in map(r2r.parse_answer, texts)]
+        ended = gather([t is not None for t in map(r2r.parse_answer, texts)])
+        scores = torch.tensor(gather(rollout.scores.tolist()))
         now = time.perf_counter()
         values = {"utility": utility, **losses, "length": tokens / len(lengths), "format_rate": sum(ended) / len(ended),
                   "truncated": sum(n >= args.max_new_tokens for n in lengths) / len(lengths),
-                  "dead_lists": len(rollout.prompts) - len(signal.alive),
-                  "score_std": rollout.scores.std().item(), "seconds_sample": sampled - started, "seconds_score": scored - sampled,
+                  "dead_lists": args.batch_lists - whole["alive"],
+                  "score_std": scores.std().item(), "seconds_sample": sampled - started, "seconds_score": scored - sampled,
                   "seconds_update": now - scored, "seconds": now - started}
         bar.set_postfix(ndcg=f"{utility:.3f}", len=f"{values['length']:.0f}", s=f"{values['seconds']:.1f}")
         run.log("rl", step, values, f"RL {step:4d}/{args.steps}  NDCG@10 {utility:.3f}  length {values['length']:.0f}  format "
@@ -681,7 +871,8 @@ def frozen_reference(run, args):
         model = policy.load(str(folder), run.model.device, run.model.dtype)[0]
     else:
         model = copy.deepcopy(run.model).eval()
-        policy.save_directory(folder, run.write_checkpoint)
+        if rank() == 0:
+            policy.save_directory(folder, run.write_checkpoint)
     return model.requires_grad_(False)
 
 
@@ -699,9 +890,9 @@ def train_r2rank(run, dataset, args, device, dtype, rng):
     before = "sft" if args.sft_steps else "zero-shot"
 
     def score_test(name, head):
-        results = evaluation.model_scores(run.model, run.tokenizer, head, examples, evaluation.sampling_of(args), args.eval_samples,
+        results = evaluation.model_scores(run.model, run.tokenizer, head, part(examples), evaluation.sampling_of(args), args.eval_samples,
                                           args.micro_batch, not args.no_reasoning, f"eval {name}")
-        run.results[name] = [s.tolist() for s, _ in results]
+        run.results[name] = gather([s.tolist() for s, _ in results])
 
     targets = run.stream("targets", endless(dataset, "train", args.seed))
     if run.stage != "rl":
@@ -719,6 +910,8 @@ def train_r2rank(run, dataset, args, device, dtype, rng):
     train_rl(run, dataset, targets, args)
     run.finish()
     score_test("rl", run.score_head)
+    if rank():
+        return
 
     results = {name: evaluation.evaluate(s, examples) for name, s in (scores | run.results).items()}
     systems = evaluation.write_eval(run.folder / "eval.json", dataset.name, examples, {name: r[0] for name, r in results.items()})
@@ -763,32 +956,34 @@ def train_queries(run, queue, queries, graph, embeddings, args):
     for step, bar in run.steps("rl", args.steps, optimizer, "RL"):
         started = time.perf_counter()
         batch = fixed or queue.next_batch()
-        rollout = with_room(run, lambda: rerec.generate(model, tokenizer, [queries[i] for i in batch], args.group_size,
+        rollout = with_room(run, lambda: rerec.generate(model, tokenizer, [queries[i] for i in part(batch)], args.group_size,
                                                         evaluation.sampling_of(args), args.personalized, args.list_length))
         sampled = time.perf_counter()
         rerec.judge(tokenizer, rollout, graph, embeddings, args.reward_weights, args.raae_penalty, args.list_length)
         # One update a rollout takes the old log-probabilities from its own forward pass.
         with_room(run, lambda: rerec.score(model if args.ppo_epochs > 1 else None, rollout, args.temperature, args.micro_batch, share, reference))
         scored = time.perf_counter()
-        judged, G = rollout.judged, args.group_size
+        judged, G = gather(rollout.judged), args.group_size
         for n, i in enumerate(batch):
             queue.record(i, [float(j.correct) for j in judged[n * G:(n + 1) * G]])
+
+        lengths = gather([len(r) for r in rollout.responses])
+        counts = all_sum(rerec.count_tokens(rollout, args.kl_coef))
 
         def update():
             optimizer.clear()
             if args.ppo_epochs == 1:
                 rollout.logprobs = None
-            return rerec.backward(model, rollout, args.clip, args.kl_coef, args.temperature, args.micro_batch, share)
+            return rerec.backward(model, rollout, args.clip, args.kl_coef, args.temperature, args.micro_batch, share, counts)
 
         for _ in range(args.ppo_epochs):
-            losses = with_room(run, update)
+            losses = all_sum(with_room(run, update))
             losses["grad_norm"] = 0.0
             if losses["dead_groups"] < len(batch) or args.kl_coef:
                 done = step / args.steps  # the rate falls to a tenth: epochs end with what is hardest, and so with noise
                 losses["grad_norm"] = optimizer.step(rate=min(1.0, done / 0.05) * (1 - 0.9 * done))
         run.check_finite(math.isfinite(losses["grad_norm"]), {"stage": "rl", "step": step, "queries": batch, "rewards": [j.reward for j in judged],
                                                               "responses": tokenizer.batch_decode(rollout.responses)})
-        lengths = [len(r) for r in rollout.responses]
         mean = lambda name: sum(float(getattr(j, name)) for j in judged) / len(judged)
         now = time.perf_counter()
         values = {"reward": mean("reward"), "accuracy": mean("correct"), "ndcg": mean("ndcg"), "format_rate": mean("boxed"),
@@ -809,14 +1004,15 @@ def train_rerec(run, dataset, source, args, rng):
     """Cold start, GRPO, evaluation before and after, by kind of request."""
     queries, tests = source.draw("train", args.num_queries), source.draw("test", args.eval_lists)
     graph = rewards.attribute_graph(source.graph_items())
-    embeddings = rewards.item_embeddings(dataset, args.cache_dir or data.DEFAULT_CACHE) if args.reward_weights[1] else {}
+    cache = args.cache_dir or data.DEFAULT_CACHE
+    embeddings = rank_0_first(lambda: rewards.item_embeddings(dataset, cache)) if args.reward_weights[1] else {}
     rows = {"random": rerec.random_metrics(tests, args.list_length, args.seed)}
     before = "sft" if args.sft_steps else "zero-shot"
 
     def score_test(name):
-        answers = evaluation.query_answers(run.model, run.tokenizer, tests, evaluation.sampling_of(args), args.personalized, args.list_length,
+        answers = evaluation.query_answers(run.model, run.tokenizer, part(tests), evaluation.sampling_of(args), args.personalized, args.list_length,
                                            f"eval {name}")
-        run.results[name] = [metrics for _, metrics in answers]
+        run.results[name] = gather([metrics for _, metrics in answers])
 
     if run.stage != "rl":
         if args.sft_steps:
@@ -826,6 +1022,8 @@ def train_rerec(run, dataset, source, args, rng):
     train_queries(run, queue, {q.id: q for q in queries}, graph, embeddings, args)
     run.finish()
     score_test("rl")
+    if rank():
+        return
     rows |= run.results
     systems = {name: evaluation.summarise_queries(tests, r) for name, r in rows.items()}
     systems = evaluation.write_eval(run.folder / "eval.json", dataset.name, tests, systems)
@@ -870,14 +1068,17 @@ def choose_run_directory(args, dataset):
     return out
 
 
+@processes()
 def main():
-    args = parse_flags()
+    args = rank_0_first(parse_flags)
     started = time.perf_counter()
     if args.no_reasoning and args.kl_coef:
         raise InputError("--kl-coef acts on rationale tokens, and with --no-reasoning there are none; drop one of the two")
     if args.overwrite and not args.out:
         raise InputError("--overwrite needs --out DIR; without --out a new directory is made")
-    dataset, device, dtype = evaluation.check_common_flags(args)
+    dataset, device, dtype = rank_0_first(lambda: evaluation.check_common_flags(args))
+    device = own_gpu(device)
+    args.save_candidates = None if rank() else args.save_candidates
     source = None
     if dataset.bench and args.method != "rerec":
         raise InputError(f"--data {args.data}: these are requests, for --method rerec")
@@ -891,7 +1092,7 @@ def main():
             dataset.examples(split, 1, args.num_candidates, args.history_length, args.seed)
     if args.teacher and args.teacher != "template" and not Path(args.teacher).is_file():
         policy.resolve(args.teacher)
-    out = Path(args.resume) if args.resume else choose_run_directory(args, dataset)
+    out = Path(args.resume) if args.resume else gather([choose_run_directory(args, dataset)] if rank() == 0 else [])[0]
     if args.resume and not (out / "states").exists():
         return print(f"{out}: this run has finished; nothing to resume")
     run = Run(out, args) if args.resume else None
@@ -899,7 +1100,7 @@ def main():
     if state:
         run.open_state(state)
     print(f"run directory: {out}" + (f", resumed after {run.stage} step {run.step}" if state else ""))
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed + rank())  # the processes sample each in its own way; what all must draw alike comes from rng
     rng = random.Random(args.seed)
 
     tiny = args.model == "tiny"
@@ -916,7 +1117,8 @@ def main():
     if not source:
         head = r2r.ScoreHead(run.model.config.get_text_config().hidden_size, reasoning=not args.no_reasoning)
         run.score_head = (r2r.ScoreHead.load(state / "score_head.safetensors") if state else head).to(device)
-    if not state:
+    share_weights(run.model, run.score_head)
+    if not state and rank() == 0:
         if not args.resume:
             run.clear()
         versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")}
@@ -926,6 +1128,8 @@ def main():
         temporary.write_text(json.dumps(config, indent=1) + "\n")
         temporary.replace(out / "config.json")
     run.open_log()
+    if args.batch_lists < world():
+        print(f"note: --batch-lists {args.batch_lists} leaves some of {world()} processes without work in RL")
     print(f"{dataset.name}: {len(dataset.items)} items, {len(dataset.sequences)} users, "
           f"{' / '.join(str(len(dataset.splits[s])) for s in ('train', 'validation', 'test'))} examples in train / validation / test\n"
           f"{args.model}: {sum(p.numel() for p in run.model.parameters()) / 1e6:.1f}M parameters, {dtype} on {device}")
@@ -934,6 +1138,8 @@ def main():
             train_rerec(run, dataset, source, args, rng)
         else:
             train_r2rank(run, dataset, args, device, dtype, rng)
+    if rank():
+        return
     (out / "states").rename(out / "states.old")  # at once: a run without states has finished
     shutil.rmtree(out / "states.old", ignore_errors=True)
     print(f"{time.perf_counter() - started:.0f} s in all; everything is in {out}")

@@ -187,6 +187,52 @@ def test_greedy_sampling_is_the_argmax_of_the_plain_forward(model, tokenizer, pr
         ids = ids + [token]
 
 
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("chunk", [1, 3, 32])
+def test_sampling_hands_over_the_hidden_state_of_each_last_token(model, tokenizer, rows, share, chunk, monkeypatch):
+    """Rows that end early leave the batch after a chunk; what they said and their last hidden state are the plain forward's."""
+    prefixes, owner, suffixes, _ = rows
+    owner, suffixes = [o for o in owner for _ in range(2)], [s for s in suffixes for _ in range(2)]  # prompts in common
+    monkeypatch.setattr(policy, "stop_ids", lambda model, tokenizer: list(range(0, len(tokenizer), 5)))  # some end soon, some do not
+    torch.manual_seed(0)
+    responses, hidden = policy.sample_rows(model, tokenizer, prefixes, owner, suffixes, policy.Sampling(7, share_prefix=share, chunk=chunk))
+    assert len({len(r) for r in responses}) > 2 and max(map(len, responses)) == 7
+    for n, response in enumerate(responses):
+        _, want = plain_logprobs(model, prefixes[owner[n]], suffixes[n], response)
+        torch.testing.assert_close(hidden[n], want, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_with_a_prompt_in_common_score_as_if_alone(model, rows):
+    """Their pass over the suffix is shared; log-probabilities and gradients are the plain forward's."""
+    prefixes, owner, suffixes, responses = rows
+    owner, suffixes, responses = owner * 3, suffixes * 3, [r[k:] for k in range(3) for r in responses]
+    plain = [plain_logprobs(model, prefixes[o], s, r) for o, s, r in zip(owner, suffixes, responses)]
+    sum(p.sum() + h.tanh().sum() for p, h in plain).backward()
+    want = gradients(model)
+    for micro_batch in (4, 100):
+        model.zero_grad()
+        for prefix, local, part in policy.micro_batches(model, prefixes, owner, suffixes, responses, micro_batch):
+            logprobs, mask, hidden = policy.row_logprobs(prefix, local, [suffixes[n] for n in part], [responses[n] for n in part])
+            for i, n in enumerate(part):
+                torch.testing.assert_close(logprobs[i][mask[i]], plain[n][0], atol=1e-5, rtol=0)
+            (logprobs.sum() + hidden.tanh().sum()).backward()
+        assert (gradients(model) - want).norm() / want.norm() < 1e-5
+
+
+def test_grouped_attention_is_attention_with_repeated_keys():
+    from transformers import LlamaConfig, LlamaForCausalLM
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                         num_key_value_heads=2)).eval()
+    ids, mask = torch.randint(0, 50, (3, 9)), torch.ones(3, 9, dtype=torch.long)
+    mask[1, :4] = 0
+    results = []
+    for name in ("eager", "grouped_sdpa"):
+        model.set_attn_implementation(name)
+        results.append([model(ids).logits, model(ids, attention_mask=mask).logits[:, 4:]])
+    for want, got in zip(*results):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
 def test_rows_of_several_lists_and_calls(model, tokenizer, prompts, rows):
     """Greedy responses do not depend on which rows share a generate call."""
     prefixes, owner, suffixes, _ = rows

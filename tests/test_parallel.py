@@ -1,0 +1,285 @@
+"""Several processes: the numbers of one, whatever falls to each; none waits for ever; what stops one stops all."""
+
+import collections
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import policy
+import train
+from data import InputError
+from test_resume import same
+from test_train import ROOT, metrics
+
+R2RANK = ["--sft-steps", "3", "--sft-lists", "3", "--steps", "3", "--batch-lists", "3", "--group-size", "2", "--num-candidates", "6", "--eval-lists", "3",
+          "--max-new-tokens", "12", "--save-every", "2", "--kl-coef", "0.1", "--ppo-epochs", "2", "--warmup-steps", "1"]
+REREC = ["--method", "rerec", "--sft-steps", "2", "--sft-lists", "3", "--steps", "4", "--batch-lists", "4", "--num-queries", "5", "--group-size", "3",
+         "--num-candidates", "8", "--eval-lists", "3", "--max-new-tokens", "24", "--save-every", "2", "--kl-coef", "0.1", "--reward-weights", "0.01,0"]
+# Imports once, then forks N children for every line: what torchrun does, without its seconds, and without its ending those that are
+# left when one has failed. The line may name ranks to signal once a path matching a pattern is there.
+HARNESS = """
+import functools, glob, json, os, sys, time, traceback
+sys.path[:0] = sys.argv[1:]
+import data, policy, train, test_parallel, eval as evaluation
+data.toy = functools.cache(data.toy)  # the children find what was imported and made here
+train.data.load("toy"), policy.load("tiny", texts=["a b"])
+for line in sys.stdin:
+    world, port, log, function, arguments, ranks, number, pattern, seconds = json.loads(line)
+    pids = {}
+    for rank in range(world):
+        if pid := os.fork():
+            pids[pid] = rank
+            continue
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        for stream, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{log}/{rank}.{name}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
+        try:
+            evaluation.run_main(lambda: getattr(test_parallel, function)(*arguments))
+            code = 0
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+            code = 3
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    codes, started, ended, asked = [None] * world, time.time(), [0.0] * world, not ranks
+    while pids:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            ended[pids[pid]] = time.time()
+            codes[pids.pop(pid)] = os.waitstatus_to_exitcode(status)
+        elif not asked and any(os.path.getsize(path) for path in glob.glob(pattern)):  # begun, not just opened
+            for pid in (p for p, rank in pids.items() if rank in ranks):
+                os.kill(pid, number)
+            asked = True
+        elif time.time() - started > seconds:
+            for pid in pids:
+                os.kill(pid, 9)
+            started = time.time()
+        else:
+            time.sleep(0.01)
+    print(json.dumps([codes, max(ended) - min(ended)]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def launch():
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    process = subprocess.Popen([sys.executable, "-c", HARNESS, str(ROOT), str(ROOT / "tests")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               text=True, env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+
+    def launched(log, function, *arguments, world=2, ranks=(), number=0, pattern="", seconds=120, code=0):
+        """Run test_parallel.function(*arguments) in `world` processes: [stdout, stderr] of each, and the seconds between first and last end."""
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        log.mkdir(exist_ok=True)
+        process.stdin.write(json.dumps([world, port, str(log), function, list(map(str, arguments)), list(ranks), number, str(pattern), seconds]) + "\n")
+        process.stdin.flush()
+        codes, apart = json.loads(process.stdout.readline())
+        printed = [[(log / f"{n}.{name}").read_text() for name in ("out", "err")] for n in range(world)]
+        assert codes == (code if isinstance(code, list) else [code] * world), printed
+        return printed, apart
+
+    yield launched
+    process.stdin.close()
+    process.wait(timeout=30)
+
+
+# --- what the processes run ------------------------------------------------------------------------------------------------
+
+
+def main(*flags):
+    sys.argv = ["train.py", *flags]
+    train.main()
+
+
+def main_with_fixed_responses(folder, *flags):
+    """A run whose responses depend on their prompts alone, and the gradients and weights of its first update in RL."""
+    def respond(model, tokenizer, prefixes, owner, suffixes, sampling):
+        seen, responses = collections.Counter(), []
+        for o, suffix in zip(owner, suffixes):
+            text = tokenizer.decode(prefixes[o] + suffix)
+            rng = random.Random(f"{text} {seen[text]}")
+            seen[text] += 1
+            lines = re.findall("^- (.+)", text, re.M)
+            ids = tokenizer(f"{rng.choice(lines)}\n\\boxed{{{rng.choice(lines)}}}").input_ids
+            responses.append(ids[-rng.randint(sampling.max_new_tokens // 2, sampling.max_new_tokens):])
+        return responses, policy.all_logprobs(model, prefixes, owner, suffixes, responses)[2]
+
+    def step(self, rate=1.0, max_norm=1.0):
+        train.sum_gradients(parameters := [p for g in self.adamw.param_groups for p in g["params"]])
+        kept = [None if p.grad is None else p.grad.clone() for p in parameters]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "sum_gradients", lambda parameters: None)  # done already
+            norm = original(self, rate, max_norm)
+        updates.append((kept, [p.detach().clone() for p in parameters]))
+        return norm
+
+    updates, original = [], train.Optimizer.step
+    policy.sample_rows, train.Optimizer.step = respond, step
+    main(*flags)
+    torch.save(updates, f"{folder}.{os.environ['RANK']}")
+
+
+def sum_of_some_gradients(path):
+    """Four parameters: a gradient on both processes, on one, on the other, on none; in one bucket and in several."""
+    with train.processes():
+        rank, sums = train.rank(), []
+        for train.BUCKET in (2**24, 7):
+            parameters = [torch.nn.Parameter(torch.zeros(n, 2)) for n in (1, 2, 30, 4, 1)]
+            for p, ranks in zip(parameters, ((0, 1), (0,), (0, 1), (), (1,))):
+                p.grad = torch.full((2, len(p)), 1.0 + rank).T if rank in ranks else None
+            train.sum_gradients(parameters)
+            sums.append([None if p.grad is None else p.grad.unique().tolist() for p in parameters])
+        lists = [train.gather(train.part(list(range(n)))) for n in range(6)]
+        Path(f"{path}.{rank}").write_text(json.dumps([sums, lists, train.all_sum({"n": rank + 1.0})]))
+
+
+def out_of_memory(path, failing, kind):
+    """One process runs out of memory, once or twice, or has another error."""
+    with train.processes():
+        run, tries = type("R", (), {"args": train.argparse.Namespace(micro_batch=16, rollout_rows=320)}), []
+
+        def attempt():
+            tries.append(run.args.micro_batch)
+            if train.rank() == 1 and len(tries) <= int(failing):
+                raise {"memory": MemoryError(), "bug": RuntimeError("a real bug"), "input": InputError("a bad line")}[kind]
+            return len(tries)
+
+        assert train.with_room(run, attempt) == 2 and tries == [16, 8]
+
+
+# --- the numbers of one process ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [[*R2RANK, "--sft-steps", "0", "--warmup-steps", "0"],
+                                   [*R2RANK, "--batch-lists", "1", "--no-reasoning", "--kl-coef", "0", "--eval-lists", "1"], REREC, [*REREC, "--ppo-epochs", "2", "--kl-coef", "0"]],
+                         ids=["r2rank, no cold start", "r2rank, one list, no reasoning", "rerec", "rerec, no KL"])
+def test_two_processes_compute_what_one_does(launch, tmp_path, flags):
+    for n in (1, 2):
+        launch(tmp_path / f"log{n}", "main_with_fixed_responses", tmp_path / f"updates{n}", *flags, "--out", tmp_path / f"r{n}", world=n)
+    one, two = (metrics(tmp_path / f"r{n}") for n in (1, 2))
+    assert len(one) == len(two) and [r["stage"] for r in one].count("rl") >= 3
+    for a, b in zip(one, two):
+        assert a.pop("stage") == b.pop("stage")
+        assert a.pop("clipped", 0) == pytest.approx(b.pop("clipped", 0), abs=0.02)  # a count: tokens at the very threshold may fall on either side
+        assert a == pytest.approx(b, abs=2e-4, rel=2e-3)
+    one, two = (json.loads((tmp_path / f"r{n}" / "eval.json").read_text()) for n in (1, 2))
+    assert list(one["systems"]) == list(two["systems"]) and one["lists"] == two["lists"]
+    for name in one["systems"]:
+        assert one["systems"][name]["ndcg@10"]["mean"] == pytest.approx(two["systems"][name]["ndcg@10"]["mean"], abs=1e-3)
+    one, two, third = (torch.load(tmp_path / f"updates{n}.{process}") for n, process in ((1, 0), (2, 0), (2, 1)))
+    assert len(one) == len(two) == len(third) > 4
+    cold_start = int(flags[len(flags) - flags[::-1].index("--sft-steps")])
+    assert all(torch.equal(x, y) for (_, a), (_, b) in zip(two, third) for x, y in zip(a, b))  # the processes stay together to the last bit
+    for n in (0, cold_start):  # the first update of all; and the first of RL, before which differences in rounding have grown
+        (gradients, weights), (others, moved) = one[n], two[n]
+        assert [g is None for g in gradients] == [g is None for g in others]
+        a, b = (torch.cat([g.flatten() for g in part if g is not None]) for part in (gradients, others))
+        assert (a - b).norm() / a.norm() < (1e-3 if n else 1e-5)
+        if n == 0:
+            # The head's last bias shifts all scores alike: its gradient is 0 but for rounding, which Adam blows up to a step.
+            kept = [i for i, w in enumerate(weights) if w.shape != (1,)]
+            assert len(kept) >= len(weights) - 1
+            torch.testing.assert_close([weights[i] for i in kept], [moved[i] for i in kept], atol=2e-5, rtol=0)
+    out = launch(tmp_path / "again", "main", *flags, "--out", tmp_path / "r2", code=[2, 2])[0]
+    assert "--overwrite" in out[0][1] and out[0][1].count("\n") == 1
+
+
+def test_sums_parts_and_empty_lists(launch, tmp_path):
+    launch(tmp_path, "sum_of_some_gradients", tmp_path / "found")
+    for process in (0, 1):
+        sums, lists, total = json.loads((tmp_path / f"found.{process}").read_text())
+        assert sums == [[[3.0], [1.0], [3.0], None, [2.0]]] * 2
+        assert lists == [list(range(n)) for n in range(6)] and total == {"n": 3.0}
+
+
+# --- interrupted -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [[*R2RANK, "--pl", "sample", "--eval-samples", "2"], REREC], ids=["r2rank", "rerec"])
+def test_a_killed_run_goes_on_as_if_it_had_not_been(launch, tmp_path, flags):
+    launch(tmp_path / "log", "main", *flags, "--out", tmp_path / "whole")
+    out = tmp_path / "r"
+    launch(tmp_path / "log", "main", *flags, "--out", out, ranks=(0, 1), number=signal.SIGKILL, pattern=out / "states/2-rl-000002/training.json", code=[-9, -9])
+    assert (out / "states/2-rl-000002").exists()
+    subprocess.run(["cp", "-r", out, tmp_path / "copy"], check=True)
+    printed, _ = launch(tmp_path / "log", "main", "--resume", out)
+    assert "note:" not in printed[0][0] and printed[1] == ["", ""]  # the second process is silent
+    same(tmp_path / "whole", out)
+    if "rerec" in flags:
+        printed, _ = launch(tmp_path / "log", "main", "--resume", tmp_path / "copy", world=1)
+        assert "the run had 2 processes and has 1 now" in printed[0][0]
+        assert len(metrics(tmp_path / "copy")) == len(metrics(out)) and (tmp_path / "copy" / "eval.json").exists()
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(launch, tmp_path):
+    out = tmp_path / "r"
+    printed, _ = launch(tmp_path, "main", *R2RANK, "--sft-steps", 400, "--save-every", 1000, "--out", out, ranks=(1,), number=signal.SIGTERM,
+                        pattern=out / "metrics.jsonl", code=[130, 130])
+    assert f"torchrun --nproc-per-node 2 train.py --resume {out}" in printed[0][0] and printed[1] == ["", ""]
+    (state,) = (out / "states").iterdir()
+    assert state.name == f"1-sft-{len(metrics(out)):06d}"
+
+
+def test_torchrun_hands_its_signal_on(tmp_path):
+    """The real thing: torchrun, two processes, SIGTERM to torchrun alone."""
+    out = tmp_path / "r"
+    process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py"), *REREC,
+                                "--sft-steps", "400", "--save-every", "1000", "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    deadline = time.time() + 200
+    while not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size):
+        assert time.time() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.terminate()
+    printed, errors = process.communicate(timeout=90)
+    assert process.returncode and f"torchrun --nproc-per-node 2 train.py --resume {out}" in printed, errors
+    (state,) = (out / "states").iterdir()
+    assert state.name == f"1-sft-{len(metrics(out)):06d}"
+
+
+# --- what stops one stops all ---------------------------------------------------------------------------------------------------
+
+
+def test_a_process_that_dies_ends_the_others(launch, tmp_path):
+    for gone in (0, 1):
+        out = tmp_path / f"r{gone}"
+        printed, apart = launch(tmp_path, "main", *R2RANK, "--sft-steps", 400, "--out", out, ranks=(gone,), number=signal.SIGKILL,
+                                pattern=out / "metrics.jsonl", code=[-9 if n == gone else 2 for n in (0, 1)])
+        error = printed[1 - gone][1].splitlines()[-1]
+        assert f"error: process {1 - gone} of 2 cannot reach the others" in error and apart < 20
+
+
+@pytest.mark.parametrize("failing, kind, codes, words", [
+    (1, "memory", [0, 0], "going on with --micro-batch 8"), (2, "memory", [2, 2], "Lower --micro-batch"),
+    (1, "input", [2, 2], "a bad line"), (1, "bug", [2, 3], "a real bug")])
+def test_an_error_on_one_process_does_not_leave_the_others_waiting(launch, tmp_path, failing, kind, codes, words):
+    printed, apart = launch(tmp_path, "out_of_memory", tmp_path, failing, kind, code=codes, seconds=60)
+    assert words in "".join(printed[0] + printed[1]) and apart < 20
+    assert ("cannot reach the others" in printed[0][1]) == (kind != "memory")
+
+
+def test_devices_that_processes_cannot_share(monkeypatch):
+    assert train.own_gpu("mps") == "mps"
+    monkeypatch.setattr(train, "world", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert train.own_gpu("cpu") == "cpu"
+    for device, words in (("mps", "of its own"), ("cuda:1", "of its own"), ("cuda", "--nproc-per-node")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        with pytest.raises(InputError, match=words):
+            train.own_gpu(device)
