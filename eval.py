@@ -677,7 +677,7 @@ def add_common_flags(parser):
                    help="of the weights; training keeps float32 copies for the optimiser (auto: bfloat16 on cuda, else float32)")
     g.add_argument("--no-share-prefix", action="store_true", help="give every row its own copy of the prefix (slower; for comparison)")
     g.add_argument("--micro-batch", type=positive(), metavar="ROWS", help="rows a forward or backward pass; lower it when memory runs "
-                   "out (models below 20M parameters: 80, else 16)")
+                   "out (models below 20M parameters: 80; else 16, on a CPU 4)")
     g.add_argument("--rollout-rows", type=positive(), default=320, metavar="ROWS", help="rows a generate call; lower it when memory runs out (320)")
     g = parser.add_argument_group("sampling")
     g.add_argument("--no-reasoning", action="store_true", help="the control: the head reads the prompt's last token, nothing is sampled")
@@ -727,7 +727,7 @@ def test_lists(dataset, args, num_lists):
 def fill_model_defaults(args, model):
     """Defaults that depend on the model's size, where the user gave nothing."""
     small = sum(p.numel() for p in model.parameters()) < 20e6
-    args.micro_batch = args.micro_batch or (80 if small else 16)
+    args.micro_batch = args.micro_batch or (80 if small else 4 if model.device.type == "cpu" else 16)
     args.max_new_tokens = args.max_new_tokens or (48 if small else 256)
     args.eval_lists = args.eval_lists or (200 if small else 500 if model.device.type == "cuda" else 20)
 

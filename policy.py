@@ -21,6 +21,7 @@ are put aside while sampling and saved again with the checkpoint.
 
 import contextlib
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -32,8 +33,9 @@ import torch
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from data import InputError
@@ -43,6 +45,7 @@ ORGANISATIONS = {"qwen": "Qwen", "smollm": "HuggingFaceTB", "llama": "meta-llama
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MB in float32, whatever the vocabulary and the number of tokens
+RECOMPUTE_BELOW = 0.1  # prefixes with fewer tokens than this share of their rows' keep no activations
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -96,23 +99,29 @@ def load(name, device="cpu", dtype=torch.float32, texts=(), seed=0):
             # Our caches only read (SharedPrefix below), so recomputing a layer finds the same keys. Left at False,
             # transformers drops the cache under gradient checkpointing, and with it the whole prefix.
             module._can_checkpoint_with_cache = True
-    heads = model.config.get_text_config()
-    if (torch.device(device).type == "cpu" and model.config._attn_implementation == "sdpa"
-            and getattr(heads, "num_key_value_heads", None) not in (None, heads.num_attention_heads)):
-        model.set_attn_implementation("grouped_sdpa")
+    windows = {"sliding_attention", "chunked_attention"} & set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if model.config._attn_implementation == "sdpa" and not windows:
+        model.set_attn_implementation("shared")
     return model.to(device).eval(), tokenizer
 
 
-def grouped_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
-    """Attention with fewer keys than queries: query (N, H, T, d), key and value (N, h, T', d). Under a mask transformers copies the
-    keys H / h times first, for the sake of GPU kernels; on the CPU that is half of attention's time."""
+def shared_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
+    """Attention as in `sdpa`, but for two cases. query (N, H, T, d), key and value (N, h, T', d) or `_Shared`, to (N, T, H, d).
+
+    Keys that rows share while sampling are read once for all of them. And on a CPU, fewer keys than queries are not copied H / h
+    times under a mask first, as transformers does for the sake of GPU kernels: that is half of attention's time there.
+    """
+    if isinstance(key, _Shared):
+        return key.attend(query, scaling), None
+    if query.device.type != "cpu":
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs)
     causal = attention_mask is None and query.shape[2] > 1 and (module.is_causal if is_causal is None else is_causal)
     out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attention_mask, dropout, causal, scale=scaling, enable_gqa=True)
     return out.transpose(1, 2).contiguous(), None
 
 
-transformers.AttentionInterface.register("grouped_sdpa", grouped_attention)
-transformers.AttentionMaskInterface.register("grouped_sdpa", sdpa_mask)
+transformers.AttentionInterface.register("shared", shared_attention)
+transformers.AttentionMaskInterface.register("shared", sdpa_mask)
 
 
 def checkpoint_activations(model):
@@ -342,7 +351,7 @@ def sample_rows(model, tokenizer, prefixes, owner, suffixes, sampling):
     # Rows of like length meet in one call; the order depends on nothing but their content, so neither do the results.
     order = sorted(range(len(suffixes)), key=lambda n: (owner[n], len(suffixes[n]), suffixes[n]))
     responses, hidden = [[] for _ in suffixes], [None] * len(suffixes)
-    with _own_defaults(model, stops, sampling) as config:
+    with _own_defaults(model, stops, sampling) as (config, draw):
         for start in range(0, len(order), sampling.max_rows):
             rows, width = order[start:start + sampling.max_rows], 0
             ids, mask, cache = _prefill(model, prefixes, [owner[n] for n in rows], [suffixes[n] for n in rows], sampling)
@@ -350,7 +359,7 @@ def sample_rows(model, tokenizer, prefixes, owner, suffixes, sampling):
             while rows:
                 assert not model.training
                 config.max_new_tokens = min(sampling.chunk, sampling.max_new_tokens - width)
-                out, states = _continue(model, ids, mask, cache, config if running else None)
+                out, states = _continue(model, ids, mask, cache, config if running else None, draw)
                 for n, tokens in zip(rows, out[:, ids.shape[1]:].tolist()):
                     if n in running:
                         end = next((t + 1 for t, token in enumerate(tokens) if token in stops), None)
@@ -364,26 +373,31 @@ def sample_rows(model, tokenizer, prefixes, owner, suffixes, sampling):
                 keep = torch.tensor([i for i, n in enumerate(rows) if hidden[n] is None], device=model.device, dtype=torch.long)
                 mask = torch.cat([mask, mask.new_ones(len(rows), out.shape[1] - ids.shape[1])], dim=1)[keep]
                 ids = out[keep]
-                if len(keep) < len(rows):
+                if 0 < len(keep) < len(rows):
                     cache.batch_select_indices(keep)
                 rows = [n for n in rows if hidden[n] is None]
     model.train(was_training)
     return responses, torch.stack(hidden) if hidden else torch.zeros(0, model.get_output_embeddings().weight.shape[1], device=model.device)
 
 
-def _continue(model, ids, mask, cache, config):
+def _continue(model, ids, mask, cache, config, draw):
     """`generate` some more tokens, or (config None) only read the last one. Returns ids (N, T + new) and the hidden states (N, D) of
     the last position, a forward pass each: the first has read ids, the others one new token more each."""
     if config is None:
-        out = model.base_model(input_ids=ids[:, -1:], attention_mask=mask, position_ids=_positions(mask)[:, -1:], past_key_values=cache,
-                               use_cache=True)
+        out = model.base_model(input_ids=ids[:, -1:], attention_mask=mask, position_ids=_positions(mask)[:, -1:], use_cache=True,
+                               **_named(model, cache))
         return ids, [out.last_hidden_state[:, -1]]
     states = []
     hook = model.base_model.register_forward_hook(lambda module, args, out: states.append(out.last_hidden_state[:, -1].clone()))
     try:
-        return model.generate(ids, attention_mask=mask, past_key_values=cache, generation_config=config), states
+        return model.generate(ids, attention_mask=mask, generation_config=config, logits_processor=draw, **_named(model, cache)), states
     finally:
         hook.remove()
+
+
+def _named(model, cache):
+    """The cache as an argument, under the name that this version of transformers has for it."""
+    return {"cache" if "cache" in inspect.signature(model.base_model.forward).parameters else "past_key_values": cache}
 
 
 def _prefill(model, prefixes, owner, suffixes, sampling):
@@ -398,41 +412,102 @@ def _prefill(model, prefixes, owner, suffixes, sampling):
     levels = [(SharedPrefix(model, [prefixes[i] for i in lists]).leaves, prefix_mask, local)]
     if suffix_ids.shape[1] > 1:
         levels = _branch(model, levels, suffixes)
-    return ids, mask, Cache(layers=[_Reserved([(pairs[layer], rows) for pairs, _, rows in levels], sampling.max_new_tokens + 1)
-                                    for layer in sorted(levels[0][0])])
+    return ids, mask, _Responses(model, levels, sampling.max_new_tokens + 1)
 
 
-class _Reserved(DynamicLayer):
-    """One layer's cache with room reserved for the whole response: a token costs its own write, not a copy of all before it."""
+class _Level:
+    """Keys and values that rows share: {layer: (M, h, T, d) twice}, mask (M, T), and which of the M each of N rows has, `rows` (N,)."""
 
-    def __init__(self, levels, room):
-        """levels: [((keys, values) (M, h, T, d), row of them for each of our N rows)], in order; room: tokens to come."""
+    def __init__(self, pairs, mask, rows):
+        self.pairs, self.gaps = pairs, None if mask.all() else (mask == 0)[:, None, None, None]  # (M, 1, 1, 1, T)
+        self.place(rows)
+
+    def place(self, rows):
+        """Lay the rows out in a grid (M, R), those that share keys side by side; rows of the grid that are shorter repeat row 0."""
+        self.rows, counts = rows, torch.bincount(rows, minlength=len(next(iter(self.pairs.values()))[0]))
+        order = rows.argsort(stable=True)
+        column = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows[order]]
+        self.grid = rows.new_zeros(len(counts), counts.max())
+        self.grid[rows[order], column] = order
+        self.cell = torch.empty_like(rows).index_put_((order,), rows[order] * self.grid.shape[1] + column)  # row -> its place in the flat grid
+
+    def spread(self, x):
+        """(N, h, g, …) -> (M, h, R, g, …)"""
+        return x[self.grid].transpose(1, 2)
+
+    def collect(self, x):
+        """(M, h, R, g, …) -> (N, h, g, …)"""
+        return x.transpose(1, 2).flatten(0, 1)[self.cell]
+
+
+class _Shared:
+    """The keys and values that one new token of each row attends to: those of the levels, and the rows' own (N, h, t, d)."""
+
+    def __init__(self, levels, layer, keys, values):
+        self.levels, self.layer, self.keys, self.values = levels, layer, keys, values
+
+    def attend(self, query, scaling):
+        """query (N, H, 1, d) -> (N, 1, H, d): one softmax over all levels, each level's keys and values read once."""
+        N, H, _, d = query.shape
+        q = (query * (d**-0.5 if scaling is None else scaling)).view(N, self.keys.shape[1], -1, d)  # (N, h, g, d)
+        scores = []
+        for level in self.levels:
+            keys = level.pairs[self.layer][0]
+            wide = level.spread(q)  # (M, h, R, g, d)
+            found = (wide.flatten(2, 3) @ keys.transpose(2, 3)).view(*wide.shape[:4], -1)  # (M, h, R, g, T)
+            scores.append(level.collect(found if level.gaps is None else found.masked_fill(level.gaps, -torch.inf)))
+        scores.append(q @ self.keys.transpose(2, 3))  # (N, h, g, t)
+        weights = torch.cat(scores, dim=-1).float().softmax(-1).to(q.dtype).split([s.shape[-1] for s in scores], dim=-1)
+        out = weights[-1] @ self.values
+        for level, share in zip(self.levels, weights):
+            wide = level.spread(share)
+            out = out + level.collect((wide.flatten(2, 3) @ level.pairs[self.layer][1]).view(*wide.shape[:4], d))
+        return out.view(N, 1, H, d)
+
+
+class _Response(DynamicLayer):
+    """One layer's cache while sampling: what rows share stays shared, and there is room for the whole response: a token costs its own
+    write, not a copy of all before it."""
+
+    is_croppable = False
+
+    def __init__(self, levels, layer, room, whole):
+        """whole: give plain keys, every row its own, to a model whose attention is not `shared_attention`."""
         super().__init__()
-        pairs, owners = zip(*levels)
-        self.is_initialized, self.dtype, self.device = True, pairs[0][0].dtype, pairs[0][0].device
-        self.buffers, self.length = [], sum(keys.shape[2] for keys, _ in pairs)
-        for parts in zip(*pairs):
-            buffer = parts[0].new_empty(len(owners[0]), parts[0].shape[1], self.length + room, parts[0].shape[3])
-            end = 0
-            for x, owner in zip(parts, owners):
-                end += x.shape[2]
-                buffer[:, :, end - x.shape[2]:end] = x.index_select(0, owner)
-            self.buffers.append(buffer)
-        self._view()
+        keys = levels[0].pairs[layer][0]
+        self.is_initialized, self.dtype, self.device = True, keys.dtype, keys.device
+        self.levels, self.layer, self.whole, self.length = levels, layer, whole, 0
+        self.past = sum(level.pairs[layer][0].shape[2] for level in levels)
+        self.buffers = [keys.new_empty(len(levels[0].rows), keys.shape[1], room, keys.shape[3]) for _ in range(2)]
 
-    def _view(self):
-        self.keys, self.values = (b[:, :, :self.length] for b in self.buffers)
+    def get_seq_length(self):
+        return self.past + self.length
 
     def update(self, keys, values, *args, **kwargs):
         start, self.length = self.length, self.length + keys.shape[2]
         for buffer, new in zip(self.buffers, (keys, values)):
             buffer[:, :, start:self.length] = new
-        self._view()
-        return self.keys, self.values
+        own = [b[:, :, :self.length] for b in self.buffers]
+        if self.whole:
+            return tuple(torch.cat([*(level.pairs[self.layer][n][level.rows] for level in self.levels), own[n]], dim=2) for n in range(2))
+        return (_Shared(self.levels, self.layer, *own),) * 2
 
     def batch_select_indices(self, indices):
         self.buffers = [b.index_select(0, indices) for b in self.buffers]
-        self._view()
+
+
+class _Responses(Cache):
+    """The cache of N rows while sampling; levels as in `_branch`."""
+
+    def __init__(self, model, levels, room):
+        self.levels = [_Level(*level) for level in levels]
+        whole = model.config._attn_implementation != "shared"
+        super().__init__(layers=[_Response(self.levels, layer, room, whole) for layer in sorted(levels[0][0])])
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        for level in self.levels:
+            level.place(level.rows[indices])
 
 
 @contextlib.contextmanager
@@ -441,15 +516,31 @@ def _own_defaults(model, stops, sampling):
 
     `generate` fills fields that a config leaves unset from model.generation_config, so that one is put aside meanwhile.
     """
-    config = GenerationConfig(max_new_tokens=sampling.max_new_tokens, eos_token_id=stops, pad_token_id=stops[0], use_cache=True,
-                              do_sample=not sampling.greedy)
-    if not sampling.greedy:
-        config.update(temperature=sampling.temperature, top_p=1.0, top_k=0, repetition_penalty=1.0)
+    config = GenerationConfig(max_new_tokens=sampling.max_new_tokens, eos_token_id=stops, pad_token_id=stops[0], use_cache=True, do_sample=False)
     published, model.generation_config = model.generation_config, GenerationConfig()
     try:
-        yield config
+        yield config, [] if sampling.greedy else [_Draw(sampling.temperature)]
     finally:
         model.generation_config = published
+
+
+class _Draw(LogitsProcessor):
+    """Leaves nothing but a token drawn from softmax(logits / temperature), for `generate` to take.
+
+    One random number a row is enough; the multinomial of `generate`'s own sampling takes one for each token of the vocabulary, on
+    a CPU a fifth of the whole rollout.
+    """
+
+    def __init__(self, temperature):
+        self.temperature = temperature
+
+    def __call__(self, input_ids, scores):
+        tokens = []
+        for part in scores.split(64):  # (≤ 64, V): bounds what double precision takes
+            cumulative = (part / self.temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
+            u = torch.rand(len(part), 1, dtype=torch.float64, device=part.device) * cumulative[:, -1:]
+            tokens.append(torch.searchsorted(cumulative, u, right=True))  # the first whose cumulative probability is above u
+        return torch.full_like(scores, -torch.inf).scatter_(1, torch.cat(tokens), 0.0)
 
 
 def _pad(lists, device, left=False):
@@ -503,8 +594,8 @@ def _forward(model, ids, mask, levels):
     values {layer: (k, v)}. A level: (keys and values {layer: (M, h, T', d)}, mask (M, T'), the row for each of our N)."""
     whole = torch.cat([*(m.index_select(0, rows) for _, m, rows in levels), mask], dim=1)
     cache = _Levels(levels)
-    out = model.base_model(input_ids=ids, attention_mask=whole, position_ids=_positions(whole)[:, cache.length:], past_key_values=cache,
-                           use_cache=False)
+    out = model.base_model(input_ids=ids, attention_mask=whole, position_ids=_positions(whole)[:, cache.length:], use_cache=False,
+                           **_named(model, cache))
     return out.last_hidden_state, cache.pairs
 
 
@@ -525,20 +616,25 @@ class SharedPrefix:
     `backward()` once at the end. With share=False nothing is computed here and rows carry their prefix themselves.
     """
 
-    def __init__(self, model, prefixes, share=True):
-        self.model, self.prefixes, self.share = model, prefixes, share
+    def __init__(self, model, prefixes, share=True, recompute=False):
+        """recompute: keep no activations of the prefixes; `backward()` runs them once more."""
+        self.model, self.prefixes, self.share, self.recompute = model, prefixes, share, recompute
         if not share:
             return
-        ids, self.mask = _pad(prefixes, model.device, left=True)
-        _, self.pairs = _forward(model, ids, self.mask, [])
-        self.leaves = {layer: tuple(x.detach().requires_grad_(x.requires_grad) for x in kv) for layer, kv in self.pairs.items()}
+        self.ids, self.mask = _pad(prefixes, model.device, left=True)
+        with contextlib.nullcontext() if not recompute else torch.no_grad():
+            _, self.pairs = _forward(model, self.ids, self.mask, [])
+        needed = torch.is_grad_enabled() and recompute
+        self.leaves = {layer: tuple(x.detach().requires_grad_(x.requires_grad or needed) for x in kv) for layer, kv in self.pairs.items()}
 
     def backward(self):
         """Send the gradients that the rows left on the keys and values through the prefixes."""
         if not self.share:
             return
+        if self.recompute:
+            _, self.pairs = _forward(self.model, self.ids, self.mask, [])
         pairs = [(x, leaf.grad) for layer, kv in self.pairs.items() for x, leaf in zip(kv, self.leaves[layer])
-                 if leaf.grad is not None]
+                 if x.requires_grad and leaf.grad is not None]
         if pairs:
             torch.autograd.backward([x for x, _ in pairs], [g for _, g in pairs])
         self.pairs = None
@@ -609,7 +705,10 @@ def micro_batches(model, prefixes, owner, suffixes, responses, micro_batch, shar
         groups[-1].append(index)
         size += len(members)
     for group in groups:
-        prefix = SharedPrefix(model, [prefixes[i] for i in group], share)
+        # Where the rows are much the most work, running the prefixes twice is cheaper than room for their activations meanwhile.
+        tokens = sum(len(suffixes[n]) + len(responses[n]) for i in group for n in by_list[i])
+        recompute = torch.is_grad_enabled() and RECOMPUTE_BELOW * tokens > sum(len(prefixes[i]) for i in group)
+        prefix = SharedPrefix(model, [prefixes[i] for i in group], share, recompute)
         members = [(group.index(owner[n]), suffixes[n], responses[n], n) for i in group for n in by_list[i]]
         members = _cheapest_order(members, micro_batch, share)
         for start in range(0, len(members), micro_batch):
