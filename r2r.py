@@ -31,6 +31,7 @@ Deviations and choices (the papers' text leaves them open unless said otherwise)
 """
 
 import copy
+import functools
 import math
 import re
 from dataclasses import dataclass, replace
@@ -45,6 +46,7 @@ import policy
 from data import InputError, Item, describe
 from rewards import discounted_gains
 
+CREDIT_ELEMENTS = 2**24  # what re-scored lists take at once: some 64 MB, several times
 DELTA = 1e-4  # added to standard deviations: groups that agree to within rounding get no advantage
 
 SYSTEM = "You are a recommender. Judge whether the user will choose the candidate next."
@@ -205,8 +207,9 @@ def item_values(scores, relevance, k=10, noise=None):
     scores = scores.detach()
     replaced = torch.eye(K, dtype=torch.bool, device=scores.device)[:, None, None, :]  # (K, 1, 1, K)
     lists = torch.where(replaced, scores[:, :, None, None], scores.T[None, None])  # (K, G, G', K)
-    values = expected_ndcg(lists, relevance, k) if noise is None else sampled_ndcg(lists, relevance, k, noise)
-    return values.mean(-1)
+    value = expected_ndcg if noise is None else functools.partial(sampled_ndcg, noise=noise)
+    size = max(1, CREDIT_ELEMENTS // (K * (64 if noise is None else len(noise))))  # lists at once: bounded memory, however many they are
+    return torch.cat([value(part, relevance, k) for part in lists.flatten(0, 2).split(size)]).view(lists.shape[:3]).mean(-1)
 
 
 def item_credit(scores, relevance, k=10, noise=None):

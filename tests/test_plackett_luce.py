@@ -164,7 +164,9 @@ def brute_force_credit(scores, relevance, k):
 
 
 @pytest.mark.parametrize("relevance", RELEVANCE)
-def test_item_credit_by_brute_force(relevance):
+@pytest.mark.parametrize("elements", [1, 1000, 2**24])  # however many lists are re-scored at once
+def test_item_credit_by_brute_force(relevance, elements, monkeypatch):
+    monkeypatch.setattr(r2r, "CREDIT_ELEMENTS", elements)
     scores = random_scores((len(relevance), 3), 2.0, seed=2)
     got = r2r.item_credit(scores, torch.tensor(relevance), 3)
     torch.testing.assert_close(got, brute_force_credit(scores, relevance, 3), atol=1e-6, rtol=0)
