@@ -77,7 +77,8 @@ def load(name, device="cpu", dtype=torch.float32, texts=(), seed=0):
     transformers.utils.logging.disable_progress_bar()  # for loading and saving weights: the stages' own bars say more
     if source == "tiny":
         model, tokenizer = build_tiny(texts, seed)
-        model.to(dtype)
+        for parameter in model.parameters():  # not the rotary frequencies: from_pretrained leaves them in float32, too
+            parameter.data = parameter.data.to(dtype)
     else:
         verify_directory(source, complete=False)  # someone may want the model without its score head
         try:
