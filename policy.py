@@ -391,7 +391,8 @@ def _continue(model, ids, mask, cache, config, draw):
     states = []
     hook = model.base_model.register_forward_hook(lambda module, args, out: states.append(out.last_hidden_state[:, -1].clone()))
     try:
-        return model.generate(ids, attention_mask=mask, generation_config=config, logits_processor=draw, **_named(model, cache)), states
+        # synced_gpus: processes that share a model would else wait for one another at every token, and not all have as many
+        return model.generate(ids, attention_mask=mask, generation_config=config, logits_processor=draw, synced_gpus=False, **_named(model, cache)), states
     finally:
         hook.remove()
 
