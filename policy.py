@@ -77,7 +77,8 @@ def load(name, device="cpu", dtype=torch.float32, texts=(), seed=0):
     transformers.utils.logging.disable_progress_bar()  # for loading and saving weights: the stages' own bars say more
     if source == "tiny":
         model, tokenizer = build_tiny(texts, seed)
-        model.to(dtype)
+        for parameter in model.parameters():  # not the rotary frequencies: from_pretrained leaves them in float32, too
+            parameter.data = parameter.data.to(dtype)
     else:
         verify_directory(source, complete=False)  # someone may want the model without its score head
         try:
@@ -390,7 +391,8 @@ def _continue(model, ids, mask, cache, config, draw):
     states = []
     hook = model.base_model.register_forward_hook(lambda module, args, out: states.append(out.last_hidden_state[:, -1].clone()))
     try:
-        return model.generate(ids, attention_mask=mask, generation_config=config, logits_processor=draw, **_named(model, cache)), states
+        # synced_gpus: processes that share a model would else wait for one another at every token, and not all have as many
+        return model.generate(ids, attention_mask=mask, generation_config=config, logits_processor=draw, synced_gpus=False, **_named(model, cache)), states
     finally:
         hook.remove()
 

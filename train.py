@@ -5,6 +5,7 @@
     python train.py --model Qwen2.5-1.5B --data beauty                  one GPU; bfloat16 weights, float32 optimiser
     python train.py --model tiny --no-reasoning                         the control: no rationale, the head reads the prompt
     torchrun --nproc-per-node 8 train.py --model Qwen2.5-1.5B --data beauty         eight GPUs, each with a part of every step
+    torchrun --nproc-per-node 8 train.py --parallel fsdp --model Qwen2.5-7B --data beauty       and with a part of the optimiser
 
 Stages, in the order of the file:
     1. cold start   supervised on traces that reason and answer, 1 yes : 2 no, loss on the response alone (`--sft-steps`)
@@ -24,11 +25,15 @@ Deviations:
      in policy.py) and not equally many on each process, which its reducer does not fit. Each process adds up the gradients of
      its own lists, divided by the counts of the whole step; one sum over the processes, before clipping, makes them those
      of the whole step. A process without a list adds nothing, and the others do not wait for it.
+  3. With --parallel fsdp the model is one unit of FSDP2, whose whole weights are gathered after each step and stay: passes that are
+     not equally many on each process (see 2), and a token at a time, leave no room for communication in them. FSDP2's own reduction of
+     gradients is not used, which needs a backward pass of every process, and cannot forget what an attempt left that ran out of memory:
+     they add up as in 2, and a step gives each process its part of the sums. So float32 weights and Adam's moments are sharded;
+     the weights that compute and the sums of gradients are whole on each process.
 """
 
 import argparse
 import contextlib
-import copy
 import functools
 import gc
 import importlib.metadata
@@ -43,13 +48,17 @@ import signal as signals
 import sys
 import time
 from datetime import timedelta
+from operator import attrgetter
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.nn.utils import clip_grad_norm_
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 from tqdm import tqdm
 
 import eval as evaluation
@@ -99,6 +108,8 @@ def parse_flags():
                    "of {history, candidate, label, trace} (tiny: template)")
     g.add_argument("--teacher-traces", type=positive(), default=1000, metavar="N", help="(user, item) pairs a teacher model is asked about (1000)")
     g.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in the backward pass: less memory, slower")
+    g.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="several processes (torchrun) share the work of a step, or (fsdp) also the "
+                   "float32 weights and Adam's moments, for models whose training state does not fit one GPU (ddp)")
     g.add_argument("--overfit-one-batch", action="store_true", help="sanity run: every RL step sees the same lists; their NDCG must go to 1")
     g = parser.add_argument_group("output")
     g.add_argument("--out", metavar="DIR", help="run directory (runs/DATA-MODEL, numbered when taken)")
@@ -113,7 +124,7 @@ def parse_flags():
     return args
 
 
-MAY_CHANGE = ("device", "micro_batch", "rollout_rows", "save_every", "keep", "cache_dir", "mirror")  # on --resume; the rest has a meaning
+MAY_CHANGE = ("device", "micro_batch", "rollout_rows", "parallel", "save_every", "keep", "cache_dir", "mirror")  # on --resume; the rest has a meaning
 
 
 def resumed_flags(parser, args):
@@ -226,6 +237,8 @@ def reaching_others():
     try:
         yield
     except RuntimeError as error:
+        if out_of_memory(error):
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
         raise InputError(f"process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} cannot reach the others: one has ended (its own message "
                          f"says why), or did nothing for {TIMEOUT.seconds // 60} minutes ({reason})") from None
@@ -275,13 +288,19 @@ def share_weights(*modules):
 
 
 def sum_gradients(parameters):
-    """Sum each parameter's gradient over the processes, a bucket at a time. What has none on any process keeps none."""
+    """Sum each parameter's gradient over the processes, a bucket at a time; a shard gets its part of the sum. What has none on any
+    process keeps none."""
     if world() == 1:
         return
     mine = [p.grad is not None for p in parameters]
     anywhere = [any(flags) for flags in zip(*gather([mine]))]
     buckets, room = [], 0
     for p in (p for p, some in zip(parameters, anywhere) if some):
+        if isinstance(p, DTensor):
+            summand = unsummed(torch.zeros(p.shape, device=p.device), p) if p.grad is None else p.grad
+            with reaching_others():
+                p.grad = summand.redistribute(placements=p.placements)
+            continue
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad.contiguous()
         if p.numel() > room:
             buckets.append([])
@@ -295,6 +314,59 @@ def sum_gradients(parameters):
         if len(bucket) > 1:
             for gradient, total in zip(bucket, flat.split([g.numel() for g in bucket])):
                 gradient.copy_(total.view_as(gradient))
+
+
+def shard(model):
+    """Cut the model's float32 weights into a shard for each process, `p.shard` for each parameter p, and give all the whole weights in the
+    model's dtype to compute with (deviation 3). Returns those by name: asked for its own state_dict, the model would drop them.
+
+    A unit for each layer would spare nothing where all is gathered at once, and its hooks in every pass make a small model's decoding a
+    third slower.
+    """
+    dtype, names = model.dtype, list(model.state_dict())
+    for p in model.parameters():
+        p.data = p.data.float()
+    with reaching_others():
+        fully_shard(model, mesh=init_device_mesh(model.device.type, (world(),)), reshard_after_forward=False,
+                    mp_policy=MixedPrecisionPolicy(param_dtype=dtype, cast_forward_inputs=False))
+        shards = list(model.parameters())
+        model.unshard()
+    for p, part_of_p in zip(model.parameters(), shards):
+        p.shard = part_of_p
+    return {name: attrgetter(name)(model).detach() for name in names}
+
+
+def unsummed(gradient, p):
+    """One process's whole gradient as what `p.grad` may be until sum_gradients, where p is a shard."""
+    return DTensor.from_local(gradient.contiguous(), p.device_mesh, [Partial()]) if isinstance(p, DTensor) else gradient
+
+
+def own(tensor):
+    """This process's part of a tensor that may be sharded, or all of one that is not summed."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor):
+    """All parts of a tensor that may be sharded, to all processes, who wait for one another."""
+    with reaching_others():
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(p, tensor):
+    """A whole tensor, sharded as p is, if it is."""
+    return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) and tensor.shape == p.shape else tensor
+
+
+def clip_gradients(parameters, max_norm):
+    """clip_grad_norm_ where some parameters are shards: the norm is that of all parts of all of them. Returns it."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    shards, others = ([own(g) for g in gradients if isinstance(g, DTensor) == kind] for kind in (True, False))
+    if not shards:
+        return clip_grad_norm_(parameters, max_norm).item()
+    norm = math.sqrt(get_total_norm(others).item()**2 + sum(gather([get_total_norm(shards).item()**2])))
+    for g in shards + others:
+        g.mul_(min(1.0, max_norm / (norm + 1e-6)))
+    return norm
 
 
 def own_gpu(device):
@@ -318,7 +390,7 @@ class Optimizer:
     """AdamW whose state, and for bfloat16 weights a copy of them, is float32.
 
     An update of 1e-6 is below the resolution of a bfloat16 weight and would be lost. Gradients, too, add up in float32: each is
-    moved to its master as soon as its backward pass has written it.
+    moved to its master as soon as its backward pass has written it. The masters of a sharded model are its shards.
     """
 
     def __init__(self, groups):
@@ -326,10 +398,13 @@ class Optimizer:
         for group in groups:
             masters = []
             for p in group["params"]:
-                if p.dtype == torch.float32:
+                sharded = hasattr(p, "shard")
+                if p.dtype == torch.float32 and not sharded:
                     masters.append(p)
                     continue
-                master = p.detach().float().requires_grad_()
+                master = p.shard if sharded else p.detach().float().requires_grad_()
+                if sharded:
+                    master.detach().copy_(master.detach().to(p.dtype))  # from p, as without shards: not from an earlier optimizer's master
                 masters.append(master)
                 self.pairs.append((p, master))
                 self.handles.append(p.register_post_accumulate_grad_hook(self._move_gradient(master)))
@@ -340,7 +415,10 @@ class Optimizer:
     @staticmethod
     def _move_gradient(master):
         def move(p):
-            master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+            if master.grad is None:
+                master.grad = unsummed(p.grad.float(), master)
+            else:
+                own(master.grad).add_(p.grad)
             p.grad = None
         return move
 
@@ -351,7 +429,7 @@ class Optimizer:
         """
         parameters = [p for g in self.adamw.param_groups for p in g["params"]]
         sum_gradients(parameters)
-        norm = clip_grad_norm_(parameters, max_norm).item()
+        norm = clip_gradients(parameters, max_norm)
         if not math.isfinite(norm):
             self.clear()
             return norm
@@ -361,24 +439,29 @@ class Optimizer:
         self.adamw.zero_grad()
         with torch.no_grad():
             for p, master in self.pairs:
-                p.copy_(master)
+                p.copy_(whole(master.to(p.dtype)))
         return norm
 
     def tensors(self):
-        """Everything that a resumed optimizer needs: {name: tensor}."""
-        state = self.adamw.state_dict()["state"]
-        return ({f"adamw.{n}.{k}": v for n, values in state.items() for k, v in values.items()}
-                | {f"master.{n}": master.detach() for n, (_, master) in enumerate(self.pairs)})
+        """Everything that a resumed optimizer needs: {name: tensor}, whole, on rank 0; but all processes call it."""
+        state, tensors = self.adamw.state_dict()["state"], {}
+        parts = ({f"adamw.{n}.{k}": v for n, values in state.items() for k, v in values.items()}
+                 | {f"master.{n}": master.detach() for n, (p, master) in enumerate(self.pairs) if p.dtype != torch.float32})
+        for name, tensor in parts.items():
+            tensor = whole(tensor)
+            if not rank():
+                tensors[name] = tensor.cpu()  # one at a time: all of them may not fit a GPU
+        return tensors
 
     def load(self, tensors):
-        state = {}
+        state, parameters = {}, [p for g in self.adamw.param_groups for p in g["params"]]
         for name, tensor in tensors.items():
             kind, n, *key = name.split(".")
             if kind == "adamw":
-                state.setdefault(int(n), {})[key[0]] = tensor
+                state.setdefault(int(n), {})[key[0]] = like(parameters[int(n)], tensor)
             elif kind == "master":
                 with torch.no_grad():
-                    self.pairs[int(n)][1].copy_(tensor)
+                    self.pairs[int(n)][1].copy_(like(self.pairs[int(n)][1], tensor))
         self.adamw.load_state_dict({"state": state, "param_groups": self.adamw.state_dict()["param_groups"]})
 
     def clear(self):
@@ -406,7 +489,7 @@ class Run:
 
     def __init__(self, folder, args):
         self.folder, self.args = folder, args
-        self.model = self.tokenizer = self.score_head = None
+        self.model = self.tokenizer = self.score_head = self.weights = None  # weights: of a sharded model, whole
         self.streams, self.generators, self.results, self.curriculum = {}, {}, {}, None
         self.stage, self.step, self.tensors, self.record = None, 0, {}, {}
         self.in_step = self.stopping = False
@@ -512,14 +595,14 @@ class Run:
         random_states = {"torch": torch.get_rng_state(), **{name: g.get_state() for name, g in self.generators.items()}}
         if torch.cuda.is_available():
             random_states["cuda"] = torch.cuda.get_rng_state()
-        random_states = gather([random_states])
+        random_states, tensors = gather([random_states]), optimizer.tensors()
         if rank():
             return
         self.file.flush()
         os.fsync(self.file.fileno())
         record = {"stage": stage, "step": step, "log_bytes": self.file.tell(), "results": self.results,
                   "drawn": {name: s.drawn for name, s in self.streams.items()}, "processes": world()}
-        tensors = optimizer.tensors() | {random_key(name, n): state for n, states in enumerate(random_states) for name, state in states.items()}
+        tensors |= {random_key(name, n): state for n, states in enumerate(random_states) for name, state in states.items()}
 
         def write(folder):
             self.write_checkpoint(folder)
@@ -533,7 +616,7 @@ class Run:
 
     def write_checkpoint(self, folder):
         """An ordinary Hugging Face directory with the score head, or the curriculum's state, beside the weights."""
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(folder, **({"state_dict": dict(self.weights)} if self.weights else {}))
         self.tokenizer.save_pretrained(folder)
         if self.score_head is not None:
             self.score_head.save(folder / "score_head.safetensors")
@@ -867,13 +950,10 @@ def train_rl(run, dataset, targets, args):
 def frozen_reference(run, args):
     """The model as it is when RL begins; kept in the run directory, for a resumed run to find."""
     folder = run.folder / "reference"
-    if run.stage == "rl":
-        model = policy.load(str(folder), run.model.device, run.model.dtype)[0]
-    else:
-        model = copy.deepcopy(run.model).eval()
-        if rank() == 0:
-            policy.save_directory(folder, run.write_checkpoint)
-    return model.requires_grad_(False)
+    if run.stage != "rl" and rank() == 0:
+        policy.save_directory(folder, run.write_checkpoint)
+    gather([])  # until it is there; a sharded model cannot be copied in memory
+    return policy.load(str(folder), run.model.device, run.model.dtype)[0].requires_grad_(False)
 
 
 def tiny_texts_r2rank(dataset, args):
@@ -1118,6 +1198,8 @@ def main():
         head = r2r.ScoreHead(run.model.config.get_text_config().hidden_size, reasoning=not args.no_reasoning)
         run.score_head = (r2r.ScoreHead.load(state / "score_head.safetensors") if state else head).to(device)
     share_weights(run.model, run.score_head)
+    if args.parallel == "fsdp" and world() > 1:  # one process has all there is
+        run.weights = shard(run.model)
     if not state and rank() == 0:
         if not args.resume:
             run.clear()

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import policy
 import train
@@ -122,11 +123,11 @@ def main_with_fixed_responses(folder, *flags):
 
     def step(self, rate=1.0, max_norm=1.0):
         train.sum_gradients(parameters := [p for g in self.adamw.param_groups for p in g["params"]])
-        kept = [None if p.grad is None else p.grad.clone() for p in parameters]
+        kept = [None if p.grad is None else train.whole(p.grad).clone() for p in parameters]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train, "sum_gradients", lambda parameters: None)  # done already
             norm = original(self, rate, max_norm)
-        updates.append((kept, [p.detach().clone() for p in parameters]))
+        updates.append((kept, [train.whole(p.detach()).clone() for p in parameters]))
         return norm
 
     updates, original = [], train.Optimizer.step
@@ -149,6 +150,58 @@ def sum_of_some_gradients(path):
         Path(f"{path}.{rank}").write_text(json.dumps([sums, lists, train.all_sum({"n": rank + 1.0})]))
 
 
+def sharded_steps(path):
+    """Two steps of a model whose shards two processes have, and of the same model, whole, where rank 0 does all the work."""
+    def model_and_optimizer(sharded, dtype, tied, checkpointing):
+        torch.manual_seed(0)
+        size = {"vocab_size": 301, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        model = LlamaForCausalLM(LlamaConfig(**size, tie_word_embeddings=tied, pad_token_id=0, bos_token_id=None, eos_token_id=1))
+        for p in model.parameters():
+            p.data = p.data.to(dtype)
+        if checkpointing:
+            for module in model.modules():
+                module._can_checkpoint_with_cache = True  # as policy.load does
+            policy.checkpoint_activations(model)
+        head = torch.nn.Linear(64, 3)  # stays whole
+        weights = train.shard(model) if sharded else model.state_dict()
+        optimizer = train.Optimizer([{"params": list(model.parameters()), "lr": 1e-3}, {"params": list(head.parameters()), "lr": 1e-3}])
+        return model.train(), head, optimizer, weights
+
+    def work(model, head, seed):
+        rng = random.Random(seed)
+        ids = lambda n: [rng.randrange(2, 301) for _ in range(n)]
+        prefixes, owner = [ids(9), ids(12)], [0, 0, 0, 1, 1]
+        suffixes, responses = [ids(3) for _ in owner], [ids(4 + n) for n in range(len(owner))]
+        for prefix, local, part in policy.micro_batches(model, prefixes, owner, suffixes, responses, 2):
+            logprobs, _, hidden = policy.row_logprobs(prefix, local, [suffixes[n] for n in part], [responses[n] for n in part])
+            (head(hidden.float()).square().mean() - logprobs.sum() / 30).backward()
+
+    with train.processes():
+        found = []
+        for case in ((torch.float32, True, False), (torch.float32, False, True), (torch.bfloat16, True, True), (torch.bfloat16, False, False)):
+            results = []
+            for sharded in (False, True):
+                model, head, optimizer, weights = model_and_optimizer(sharded, *case)
+                steps, mine = [], [train.rank()] if sharded else [0, 1] if train.rank() == 0 else []
+                for seeds in ((10, 11), (20, 21), (30,)):  # in the last step one process has nothing to do
+                    if train.rank() == 1:
+                        work(model, head, 0)  # an attempt that memory did not suffice for
+                        optimizer.clear()
+                    for seed in (seeds[n] for n in mine if n < len(seeds)):
+                        work(model, head, seed)
+                    steps.append((optimizer.step(0.5, max_norm=1.0), {k: v.clone() for k, v in weights.items()}))
+                kept = [*optimizer.adamw.state.values(), {n: p for n, (_, p) in enumerate(optimizer.pairs)}]
+                size = sum(train.own(t).nbytes for tensors in kept for t in tensors.values() if t.dim())
+                tensors = optimizer.tensors()
+                results.append((steps, tensors, size, sum(p.numel() for p in model.parameters()), sum(p.numel() for p in head.parameters())))
+                twin = model_and_optimizer(sharded, *case)[2]
+                twin.load(train.gather([tensors])[0])  # each process has read the whole file
+                again = twin.tensors()
+                assert tensors.keys() == again.keys() and all(torch.equal(tensors[k], again[k]) for k in tensors)
+            found.append((case[0], results))
+    torch.save(found, f"{path}.{os.environ['RANK']}")
+
+
 def out_of_memory(path, failing, kind):
     """One process runs out of memory, once or twice, or has another error."""
     with train.processes():
@@ -167,8 +220,9 @@ def out_of_memory(path, failing, kind):
 
 
 @pytest.mark.parametrize("flags", [[*R2RANK, "--sft-steps", "0", "--warmup-steps", "0"],
-                                   [*R2RANK, "--batch-lists", "1", "--no-reasoning", "--kl-coef", "0", "--eval-lists", "1"], REREC, [*REREC, "--ppo-epochs", "2", "--kl-coef", "0"]],
-                         ids=["r2rank, no cold start", "r2rank, one list, no reasoning", "rerec", "rerec, no KL"])
+                                   [*R2RANK, "--batch-lists", "1", "--no-reasoning", "--kl-coef", "0", "--eval-lists", "1"], REREC, [*REREC, "--ppo-epochs", "2", "--kl-coef", "0"],
+                                   [*R2RANK, "--sft-steps", "0", "--warmup-steps", "0", "--parallel", "fsdp"], [*REREC, "--parallel", "fsdp"]],
+                         ids=["r2rank, no cold start", "r2rank, one list, no reasoning", "rerec", "rerec, no KL", "r2rank, fsdp", "rerec, fsdp"])
 def test_two_processes_compute_what_one_does(launch, tmp_path, flags):
     for n in (1, 2):
         launch(tmp_path / f"log{n}", "main_with_fixed_responses", tmp_path / f"updates{n}", *flags, "--out", tmp_path / f"r{n}", world=n)
@@ -208,10 +262,42 @@ def test_sums_parts_and_empty_lists(launch, tmp_path):
         assert lists == [list(range(n)) for n in range(6)] and total == {"n": 3.0}
 
 
+def test_a_sharded_step_is_that_of_one_process(launch, tmp_path):
+    launch(tmp_path, "sharded_steps", tmp_path / "found")
+    ranks = [torch.load(tmp_path / f"found.{n}", weights_only=False) for n in (0, 1)]
+    for (dtype, (plain, sharded)), (_, (_, other)) in zip(*ranks):
+        exact = dtype == torch.float32
+        for (norm, weights), (norm_2, weights_2), (norm_3, weights_3) in zip(plain[0], sharded[0], other[0]):
+            assert norm_2 == norm_3 and weights.keys() == weights_2.keys() and all(torch.equal(weights_2[k], weights_3[k]) for k in weights)
+            assert norm_2 == pytest.approx(norm, rel=1e-5 if exact else 1e-2)
+            torch.testing.assert_close(weights_2, weights, atol=2e-6 if exact else 2e-3, rtol=0 if exact else 2**-7)
+        assert plain[1].keys() == sharded[1].keys() and not other[1]  # rank 0 alone has what is saved, under the same names
+        assert all(a.shape == sharded[1][k].shape and a.dtype == sharded[1][k].dtype for k, a in plain[1].items())
+        for size in (sharded[2], other[2]):  # two moments and the float32 weights of half the model; two moments of the whole head
+            assert size == pytest.approx(12 * sharded[3] / 2 + 8 * sharded[4], rel=0.01)
+        assert plain[2] == (8 if exact else 12) * plain[3] + 8 * plain[4]
+
+
+def test_a_sharded_run_leaves_the_files_of_one_that_is_not(launch, tmp_path):
+    for parallel in ("ddp", "fsdp"):
+        launch(tmp_path / "log", "main_with_fixed_responses", tmp_path / parallel, *REREC, "--dtype", "bfloat16", "--parallel", parallel, "--out", tmp_path / f"r-{parallel}")
+    one, two = (torch.load(tmp_path / f"{parallel}.1") for parallel in ("ddp", "fsdp"))
+    assert all(torch.equal(a, b) for a, b in zip(one[0][0], two[0][0]))  # the same sums of gradients
+    torch.testing.assert_close(one[0][1], two[0][1], atol=1e-7, rtol=1e-6)
+    one, two = (tmp_path / f"r-{parallel}" / "checkpoint" for parallel in ("ddp", "fsdp"))
+    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (one / name).read_bytes() == (two / name).read_bytes()
+    one, two = (load_file(folder / "model.safetensors") for folder in (one, two))
+    assert {t.dtype for t in two.values()} == {torch.bfloat16}
+    torch.testing.assert_close(two, one, atol=1e-3, rtol=2**-7)
+
+
 # --- interrupted -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags", [[*R2RANK, "--pl", "sample", "--eval-samples", "2"], REREC], ids=["r2rank", "rerec"])
+@pytest.mark.parametrize("flags", [[*R2RANK, "--pl", "sample", "--eval-samples", "2"], REREC, [*REREC, "--parallel", "fsdp", "--dtype", "bfloat16"]],
+                         ids=["r2rank", "rerec", "rerec, fsdp"])
 def test_a_killed_run_goes_on_as_if_it_had_not_been(launch, tmp_path, flags):
     launch(tmp_path / "log", "main", *flags, "--out", tmp_path / "whole")
     out = tmp_path / "r"
@@ -222,8 +308,9 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(launch, tmp_path, flags):
     assert "note:" not in printed[0][0] and printed[1] == ["", ""]  # the second process is silent
     same(tmp_path / "whole", out)
     if "rerec" in flags:
-        printed, _ = launch(tmp_path / "log", "main", "--resume", tmp_path / "copy", world=1)
-        assert "the run had 2 processes and has 1 now" in printed[0][0]
+        other = ["--parallel", "ddp"] * ("fsdp" in flags)
+        printed, _ = launch(tmp_path / "log", "main", "--resume", tmp_path / "copy", *other, world=1)
+        assert "the run had 2 processes and has 1 now" in printed[0][0] and ("with --parallel ddp instead of fsdp" in printed[0][0]) == bool(other)
         assert len(metrics(tmp_path / "copy")) == len(metrics(out)) and (tmp_path / "copy" / "eval.json").exists()
 
 
@@ -257,9 +344,9 @@ def test_torchrun_hands_its_signal_on(tmp_path):
 
 
 def test_a_process_that_dies_ends_the_others(launch, tmp_path):
-    for gone in (0, 1):
-        out = tmp_path / f"r{gone}"
-        printed, apart = launch(tmp_path, "main", *R2RANK, "--sft-steps", 400, "--out", out, ranks=(gone,), number=signal.SIGKILL,
+    for gone, parallel in ((0, "ddp"), (1, "ddp"), (1, "fsdp")):
+        out = tmp_path / f"r{gone}-{parallel}"
+        printed, apart = launch(tmp_path, "main", *R2RANK, "--sft-steps", 400, "--parallel", parallel, "--out", out, ranks=(gone,), number=signal.SIGKILL,
                                 pattern=out / "metrics.jsonl", code=[-9 if n == gone else 2 for n in (0, 1)])
         error = printed[1 - gone][1].splitlines()[-1]
         assert f"error: process {1 - gone} of 2 cannot reach the others" in error and apart < 20
