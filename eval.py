@@ -6,6 +6,8 @@
     python eval.py --baselines --full --data beauty           the baselines rank the whole catalogue
     python eval.py --run runs/toy-tiny --explain 3            three lists as a person wants to see them
     python eval.py --open-ended answers.jsonl --data recbench:movie --data-dir DIR    RecBench+'s metrics without candidates
+    python eval.py --run runs/toy-tiny --test-time 1,2,4,8,16 --test-lengths 8,16,48  what more rationales, or longer ones, buy and cost
+    python eval.py --plot runs/seed0 runs/seed1               a table over seeds, and a figure, of finished runs
 
 Every system is a function from lists to scores and goes through `evaluate`. Equal scores count as the expected value over random
 orders of the tied, so no system gains by being undecided. Intervals resample users, not lists.
@@ -27,10 +29,13 @@ import hashlib
 import itertools
 import json
 import math
+import os
+import platform
 import random
 import re
 import sys
 import textwrap
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -137,12 +142,12 @@ def difference(a, b, users=None):
     return f"{d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
 
 
-def paired_differences(values, users):
+def paired_differences(values, users, metrics=METRICS):
     """{system: {metric: values}} -> {"a - b": {metric: interval}} for each pair of systems, on the same lists."""
     pairs = [(a, b) for b, a in itertools.combinations(values, 2)]
-    columns = {(a, b, m): [x - y for x, y in zip(values[a][m], values[b][m])] for a, b in pairs for m in METRICS}
+    columns = {(a, b, m): [x - y for x, y in zip(values[a][m], values[b][m])] for a, b in pairs for m in metrics}
     result = intervals(columns, users) if columns else {}
-    return {f"{a} - {b}": {m: result[a, b, m] for m in METRICS} for a, b in pairs}
+    return {f"{a} - {b}": {m: result[a, b, m] for m in metrics} for a, b in pairs}
 
 
 def slices(values, examples, counts):
@@ -476,20 +481,23 @@ def slice_table(dimensions, metric="ndcg@10"):
     return "\n".join(lines)
 
 
-def write_eval(path, name, examples, systems, keep_other_systems=False, **more):
-    """Write eval.json. With keep_other_systems, systems that an earlier file holds on the very same lists stay in it."""
+def write_eval(path, name, examples, systems, keep_other_systems=False, renew=False, **more):
+    """Write eval.json. With keep_other_systems, what an earlier file holds on the very same lists stays in it; with renew, the result.json
+    of a finished run beside it takes all this up."""
     path = Path(path)
     ids = [(e.user, [h.id for h in e.history], [c.id for c in e.candidates], list(e.truths if hasattr(e, "truths") else e.relevance))
            for e in examples]
     lists = hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
+    report = {"data": name, "num_lists": len(examples), "lists": lists, "systems": systems, **more}
     if keep_other_systems and path.exists():
         with contextlib.suppress(ValueError, KeyError, TypeError):  # what --full wrote, or what is no report at all
             earlier = json.loads(path.read_text())
             if (earlier["data"], earlier["lists"]) == (name, lists):
-                systems = earlier["systems"] | systems
-    report = {"data": name, "num_lists": len(examples), "lists": lists, "systems": systems, **more}
+                report = earlier | {k: earlier.get(k, {}) | v if isinstance(v, dict) else v for k, v in report.items()}
     path.write_text(json.dumps(report, indent=1) + "\n")
-    return systems
+    if renew and path.name == "eval.json" and (path.parent / "result.json").exists():
+        write_result(path.parent)
+    return report["systems"]
 
 
 def save_predictions(path, examples, scores):
@@ -563,7 +571,8 @@ def evaluate_rerec_run(args, flags, out, dataset, device, dtype):
     queries = source.draw("test", args.eval_lists)
     results = query_answers(model, tokenizer, queries, sampling_of(args), flags["personalized"], flags["list_length"])
     rows = {"random": rerec.random_metrics(queries, flags["list_length"], args.seed), "rl": [metrics for _, metrics in results]}
-    systems = write_eval(out, dataset.name, queries, {name: summarise_queries(queries, r) for name, r in rows.items()}, True)
+    systems = write_eval(out, dataset.name, queries, {name: summarise_queries(queries, r) for name, r in rows.items()}, True,
+                         as_trained(args, flags))
     for n, (query, (text, metrics)) in enumerate(list(zip(queries, results))[:args.explain or 0]):
         print(f"\n=== request {n + 1} ({query.kind}): {query.text}")
         for c in query.candidates:
@@ -622,6 +631,284 @@ def explain(examples, results, count):
             print(f" {mark}{rank:3d}. {scores[i]:+8.3f}  {describe(example.candidates[i])}")
             for text in rationales[i][:1]:
                 print(textwrap.indent(textwrap.fill(text.strip().replace("\n", " / ") or "(no rationale)", 110), " " * 17 + "| "))
+
+
+# --- test-time reasoning ------------------------------------------------------------------------------------------------------
+
+
+def group_ndcg(scores, relevance, n):
+    """NDCG@10 of a list ranked by the mean of n of its rationales' scores: (K, N) -> its mean over the N // n disjoint groups of n."""
+    groups = [list_metrics(scores[:, g * n:(g + 1) * n].mean(1), relevance)["ndcg@10"] for g in range(scores.shape[1] // n)]
+    return sum(groups) / len(groups)
+
+
+def test_time(model, tokenizer, score_head, examples, sampling, micro_batch=32, numbers=(), lengths=(), num_samples=1, seed=0):
+    """What thinking more buys and costs at test time: {"rationales" | "greedy" | "length": [{"value", "ndcg@10": interval, "tokens", "seconds"}]}.
+
+    tokens, seconds: sampled and spent a list. `rationales`: so many sampled ones averaged, all cut from one draw of the largest number; the
+    time of fewer is measured on the first lists, as many as fill a generate call with single rationales. `greedy`: one greedy rationale.
+    `length`: at most so many tokens, each drawn anew, with `num_samples` a candidate (1: greedy).
+    """
+    def roll(lists, n, greedy, **settings):
+        torch.manual_seed(seed)
+        scores, tokens, size, started = [], 0, max(1, sampling.max_rows // (n * len(lists[0].candidates))), time.perf_counter()
+        for start in tqdm(range(0, len(lists), size), desc="test time", leave=False):
+            part = [(e.history, e.candidates) for e in lists[start:start + size]]
+            rollout = r2r.scored_rollout(model, tokenizer, score_head, part, replace(sampling, greedy=greedy, **settings), n, micro_batch)
+            scores += [s.float().cpu() for s in rollout.lists(rollout.scores)]
+            tokens += sum(map(len, rollout.responses))
+        return scores, tokens / len(lists), (time.perf_counter() - started) / len(lists)
+
+    def row(value, n, scores, tokens, seconds):
+        ndcg = interval([group_ndcg(s, e.relevance, n) for s, e in zip(scores, examples)], [e.user for e in examples])
+        return {"value": value, "ndcg@10": ndcg, "tokens": tokens, "seconds": seconds}
+
+    result = {}
+    if numbers:
+        most, few = max(numbers), examples[:max(1, sampling.max_rows // len(examples[0].candidates))]
+        scores, tokens, seconds = roll(examples, most, False)
+        result["rationales"] = [row(n, n, scores, tokens * n / most, seconds if n == most else roll(few, n, False)[2]) for n in numbers]
+        result["greedy"] = [row(1, 1, *roll(examples, 1, True))]
+    if lengths:
+        result["length"] = [row(n, num_samples, *roll(examples, num_samples, num_samples == 1, max_new_tokens=n)) for n in lengths]
+    return result
+
+
+def test_time_table(result):
+    lines = [f"{'test time':<18} {'ndcg@10':>8} {'interval':>16} {'tokens a list':>14} {'seconds a list':>15}"]
+    for label, name in (("{} averaged", "rationales"), ("{} greedy", "greedy"), ("at most {} tokens", "length")):
+        lines += [f"{label.format(r['value']):<18} {r['ndcg@10']['mean']:8.3f}   [{r['ndcg@10']['low']:.3f}, {r['ndcg@10']['high']:.3f}] "
+                  f"{r['tokens']:14.0f} {r['seconds']:15.3f}" for r in result.get(name, ())]
+    return "\n".join(lines)
+
+
+# --- results and figures ------------------------------------------------------------------------------------------------------
+# result.json is all that tables and figures need of a run: flags, curve, metrics, machine, seconds; no path of the machine is in it.
+
+CURVE = ("loss", "utility", "reward", "accuracy", "length", "format_rate", "entropy", "kl", "seconds")
+PLACES = ("out", "resume", "overwrite", "cache_dir", "mirror", "data_dir", "save_candidates", "save_every", "keep")  # flags not in a result
+LISTS = ("method", "split", "num_candidates", "negatives", "history_length", "candidates", "since", "until", "core", "require", "query_kinds",
+         "max_conditions", "list_length")  # flags that make other test lists
+SAME = (*LISTS, "data", "seed", "device", "micro_batch", "rollout_rows", "eval_lists")  # flags that tell no configurations apart
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito: told apart by all eyes
+
+
+def main_metric(result):
+    return "accuracy" if result["flags"]["method"] == "rerec" else "ndcg@10"
+
+
+def rounded(x):
+    if isinstance(x, dict):
+        return {k: rounded(v) for k, v in x.items()}
+    return [rounded(v) for v in x] if isinstance(x, list) else float(f"{x:.6g}") if isinstance(x, float) else x
+
+
+def describe_run(folder, seconds, processes):
+    """The part of result.json that evaluation does not change."""
+    config, stages = json.loads((folder / "config.json").read_text()), {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        stages.setdefault((row := json.loads(line))["stage"], []).append(row)
+    cpuinfo = Path("/proc/cpuinfo")
+    processor = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    machine = {"processor": processor[1] if processor else platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+               "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), "processes": processes,
+               "gpu": torch.cuda.get_device_name() if config["device"].startswith("cuda") else None}
+    curve = {}
+    for stage, rows in stages.items():  # means over windows of equal length, at most 100 of them; `step` is a window's last
+        windows = [rows[n:n + math.ceil(len(rows) / 100)] for n in range(0, len(rows), math.ceil(len(rows) / 100))]
+        curve[stage] = {"step": [w[-1]["step"] for w in windows]} | {k: [sum(r[k] for r in w) / len(w) for w in windows] for k in CURVE if k in rows[0]}
+    return {"flags": {k: Path(v).name if isinstance(v, str) else v for k, v in config["flags"].items() if k not in PLACES},
+            **{k: config[k] for k in ("seed", "versions", "device", "dtype")}, "machine": machine,
+            "seconds": {stage: sum(r["seconds"] for r in rows) for stage, rows in stages.items()} | {"all": seconds}, "curve": curve}
+
+
+def write_result(folder, seconds=None, processes=1):
+    """Write a run's result.json from its other files; seconds None: only its evaluation is renewed, from eval.json."""
+    path, report = Path(folder) / "result.json", json.loads((Path(folder) / "eval.json").read_text())
+    result = json.loads(path.read_text()) if seconds is None else describe_run(Path(folder), seconds, processes)
+    result.pop("test_time", None)
+    result |= {k: report[k] for k in ("data", "num_lists", "lists", "systems", "test_time") if k in report}
+    result["differences"] = {pair: {m: v[m] for m in v if m == main_metric(result)} for pair, v in report.get("differences", {}).items()}
+    path.write_text("{" + ",".join(f"\n {json.dumps(k)}: {json.dumps(v)}" for k, v in rounded(result).items()) + "\n}\n")
+
+
+def as_trained(args, flags):
+    """Whether responses are sampled as the run's flags say: only then they belong into its result."""
+    return all(getattr(args, k) == flags[k] for k in ("max_new_tokens", "temperature", "eval_samples"))
+
+
+def read_result(path):
+    """A run's result.json, given the run directory or the file. Raises InputError."""
+    try:
+        result = json.loads((Path(path) / "result.json" if Path(path).is_dir() else Path(path)).read_text())
+        main_metric(result), result["systems"]["rl"], result["curve"], result["lists"], result["seconds"]["all"], result["machine"]["gpu"]
+        return result
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--plot {path}: no result of a finished run ({error!r}); give run directories of train.py, or copies of their result.json") from None
+
+
+def configurations(results):
+    """Runs that differ in the seed alone, together: ({label: results}, notes). A label holds the flags that tell them apart, except for
+    the value that most have; of flags that change together the first, switches before others; the rest is noted."""
+    value = lambda r, k: json.dumps(r["flags"].get(k) or 0, separators=(",", ":"))  # 0, too: a switch that is off, or that an older run did not know
+    column = {k: [value(r, k) for r in results] for k in dict.fromkeys(k for r in results for k in r["flags"]) if k not in SAME}
+    together, groups = {}, {}
+    for k in sorted((k for k in column if len(set(column[k])) > 1), key=lambda k: "true" not in column[k]):
+        together.setdefault(tuple(map(column[k].index, column[k])), []).append(k)
+    for r in results:
+        groups.setdefault(tuple(value(r, k) for k, *_ in together.values()), []).append(r)
+    usual = [next((v for v, n in Counter(values).items() if 2 * n > len(groups)), "0") for values in zip(*groups)]
+    named = {}
+    for values, runs in groups.items():
+        words = [k.replace("_", "-") + (" " + v.strip('"[]')) * (v != "true") for (k, *_), v, u in zip(together.values(), values, usual) if v != u]
+        label = ", ".join(words) or {"r2rank": "R2Rank", "rerec": "ReRec"}[runs[0]["flags"]["method"]]
+        named[label] = sorted(runs, key=lambda r: r["seed"])
+        if len({r["seed"] for r in runs}) < len(runs):
+            raise InputError(f"--plot: two runs of {label} have the same flags and the same seed; give one of them")
+    return named, [f"with {k.replace('_', '-')} {', '.join(others).replace('_', '-')} changed, too" for k, *others in together.values() if others]
+
+
+def over_seeds(found):
+    """Intervals, one a seed -> {"mean", "sd" (n - 1), "low", "high": their range, "values"}; of one seed its own interval, without "sd"."""
+    values = [v["mean"] for v in found]
+    mean = sum(values) / len(values)
+    spread = {"sd": (sum((v - mean)**2 for v in values) / (len(values) - 1))**0.5, "low": min(values), "high": max(values)} if len(values) > 1 else found[0]
+    return {**spread, "mean": mean, "values": values}
+
+
+def summarise_results(results):
+    """Blocks of runs on like lists: [{"title", "columns", "runs": {label: results}, "rows": {label or baseline: {column: over_seeds}},
+    "test_time": {label: …}, "notes"}]; the first column is the main metric."""
+    blocks, summaries = {}, []
+    for r in results:
+        blocks.setdefault(json.dumps([r["data"], r["num_lists"], *(r["flags"].get(k) or 0 for k in LISTS)]), []).append(r)
+    for block in blocks.values():
+        (runs, notes), metric, kinds = configurations(block), main_metric(block[0]), list(block[0]["systems"]["rl"].get("by_kind", ()))
+        value = lambda system, column: system["by_kind"][column][metric] if column in kinds else system[column]
+        columns = [metric, *(kinds or ("hr@1", "hr@10", "mrr"))]
+        rows, lists, thinking = {}, {}, {}
+        for label, group in runs.items():
+            rows[label] = {c: over_seeds([value(r["systems"]["rl"], c) for r in group]) for c in columns}
+            rows[label]["seconds"] = over_seeds([{"mean": r["seconds"]["all"]} for r in group])
+            before = "sft" if "sft" in group[0]["systems"] else "zero-shot"
+            if all(f"rl - {before}" in r["differences"] for r in group):
+                rows[label] |= {"before": over_seeds([r["systems"][before][metric] for r in group]),
+                                "gain": over_seeds([r["differences"][f"rl - {before}"][metric] for r in group])}
+            thinking[label] = {}
+            for name, n in sorted({(name, row["value"]) for r in group for name, many in r.get("test_time", {}).items() for row in many}):
+                found = [row for r in group for row in r.get("test_time", {}).get(name, ()) if row["value"] == n]
+                thinking[label].setdefault(name, []).append({"value": n, "ndcg@10": over_seeds([row["ndcg@10"] for row in found]), **{
+                    k: sum(row[k] for row in found) / len(found) for k in ("tokens", "seconds")}})
+        for r in block:  # a baseline does not depend on the configuration: it counts once for each set of lists
+            lists.setdefault(r["lists"], {}).update(r["systems"])
+        for name in dict.fromkeys(s for systems in lists.values() for s in systems if s not in ("rl", "sft", "zero-shot")):
+            rows[name] = {c: over_seeds([value(systems[name], c) for systems in lists.values() if name in systems]) for c in columns}
+        if len(lists) > len({r["seed"] for r in block}):
+            notes.append("runs of one seed were evaluated on different lists: do not compare them")
+        machines = Counter("{gpu}, {processor}, {cores} core(s), {threads} thread(s), {processes} process(es)".format(**r["machine"]).removeprefix("None, ") for r in block)
+        notes += [f"{n} run(s) on {machine}" for machine, n in machines.items()]
+        title = f"{block[0]['data']}: {block[0]['num_lists']} {'requests' if kinds else 'lists'} of {block[0]['flags']['num_candidates']} candidates"
+        summaries.append({"title": title, "columns": columns, "runs": runs, "rows": rows, "test_time": thinking, "notes": notes})
+    return summaries
+
+
+def result_table(block):
+    """A row a configuration or baseline, means over seeds: the main metric, its deviation and range; the others; seconds; paired gain."""
+    metric, *others = block["columns"]
+    width = max(12, *map(len, block["rows"]))
+    spread = lambda v: f"{'± %.3f' % v['sd'] if 'sd' in v else '':>7} [{v['low']:.3f}, {v['high']:.3f}]"
+    lines = [f"{block['title']}; means over seeds ± standard deviation [range]; of one seed [95% interval]",
+             f"{'':<{width}} seeds {metric:>8} {'':>22} " + "".join(f" {m:>11}" for m in others) + "  seconds  before   gain"]
+    for label, row in block["rows"].items():
+        line = f"{label:<{width}} {len(row[metric]['values']):5d} {row[metric]['mean']:8.3f} {spread(row[metric])} " + "".join(f" {row[m]['mean']:11.3f}" for m in others)
+        line += f" {row['seconds']['mean']:8.0f}" if "seconds" in row else ""
+        lines.append(line + (f" {row['before']['mean']:7.3f} {row['gain']['mean']:+6.3f} {spread(row['gain'])}" if "gain" in row else ""))
+    thinking = [f"\n{label}\n{test_time_table(rows)}" for label, rows in block["test_time"].items() if rows]
+    return "\n".join([*lines, *(f"note: {n}" for n in block["notes"]), *thinking])
+
+
+def plot_results(blocks, out):
+    """Learning curves, final metrics and, where measured, test-time reasoning: a row of panels a block. Raises InputError without matplotlib."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("--plot needs matplotlib for its figure: pip install matplotlib") from None
+    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "axes.titlelocation": "left",
+             "axes.labelcolor": "0.3", "svg.fonttype": "none", "svg.hashsalt": "results"}
+    with matplotlib.rc_context(style):
+        panels = 2 + any(rows for block in blocks for rows in block["test_time"].values())
+        heights = [max(3.2, 0.9 + 0.24 * len(block["rows"])) for block in blocks]
+        figure = Figure((4.8 * panels, sum(heights)), layout="constrained")
+        for block, axes in zip(blocks, figure.subplots(len(blocks), panels, squeeze=False, height_ratios=heights)):
+            colours = dict(zip(block["runs"], itertools.cycle(COLOURS)))
+            plot_curves(axes[0], block, colours)
+            plot_bars(axes[1], block, colours)
+            if any(block["test_time"].values()):
+                plot_test_time(axes[2], block, colours)
+            elif panels > 2:
+                axes[2].set_axis_off()
+        figure.savefig(out, dpi=150, metadata={"Date": None} if out.suffix == ".svg" else None)
+
+
+def plot_curves(axes, block, colours):
+    """What RL maximises on its training lists, a moving mean over a tenth of the steps: means over seeds in a band of their range."""
+    name, ends = "accuracy" if block["columns"][0] == "accuracy" else "utility", []
+    for label, results in block["runs"].items():
+        if seeds := [r["curve"]["rl"] for r in results if "rl" in r["curve"]]:
+            rows, half = list(zip(*(s[name] for s in seeds))), len(seeds[0]["step"]) // 20
+            smooth = lambda values: [sum(part := values[max(0, n - half):n + half + 1]) / len(part) for n in range(len(values))]
+            mean, low, high = (smooth([f(row) for row in rows]) for f in (lambda row: sum(row) / len(row), min, max))
+            axes.plot(seeds[0]["step"], mean, color=colours[label])
+            axes.fill_between(seeds[0]["step"], low, high, color=colours[label], alpha=0.15, linewidth=0)
+            ends.append((mean[-1], textwrap.fill(label, 22, break_on_hyphens=False), colours[label]))
+    bottom, top = axes.get_ylim()
+    place = top  # labels stand at the ends of their lines, from above, none on another
+    for y, text, colour in sorted(ends, reverse=True):
+        height = (text.count("\n") + 1) * 0.05 * (top - bottom)
+        place = min(place, y + height / 2)
+        axes.annotate(text, (1, place), (4, 0), ("axes fraction", "data"), "offset points", va="top", color=colour, annotation_clip=False)
+        place -= height + 0.01 * (top - bottom)
+    axes.set_title(f"{block['title'].split(':')[0]}: {'accuracy' if name == 'accuracy' else 'expected NDCG@10'} in training")
+    axes.set_xlabel("RL step" + (" (band: range of the seeds)" if any(len(r) > 1 for r in block["runs"].values()) else ""))
+
+
+def plot_bars(axes, block, colours):
+    """The main metric on test lists of configurations and, in grey, baselines."""
+    metric = block["columns"][0]
+    for y, (label, row) in enumerate(block["rows"].items()):
+        v = row[metric]
+        axes.barh(y, v["mean"], 0.7, color=colours.get(label, "0.8"))
+        axes.hlines(y, v["low"], v["high"], color="black", linewidth=1)
+        axes.scatter(v["values"], [y] * len(v["values"]), s=6, color="black")
+        axes.annotate(f"{v['mean']:.3f}", (v["high"], y), (4, 0), textcoords="offset points", va="center")
+        if "before" in row:
+            axes.vlines(row["before"]["mean"], y - 0.35, y + 0.35, color="white", linewidth=2)
+    axes.set_yticks(range(len(block["rows"])), [textwrap.fill(label, 26, break_on_hyphens=False) for label in block["rows"]])
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_title(f"{'accuracy' if metric == 'accuracy' else 'NDCG@10'} on test {'requests' if metric == 'accuracy' else 'lists'}")
+    axes.set_xlabel("line: range of the seeds (dots), of one seed its 95% interval; white: before RL", fontsize=7)
+
+
+def plot_test_time(axes, block, colours):
+    """NDCG@10 against sampled tokens: rationales averaged, and longest rationale; seconds beside each."""
+    for label, result in block["test_time"].items():
+        numbers, lengths = result.get("rationales", []), result.get("length", [])
+        lengths = [r for n, r in enumerate(lengths) if not n or r["tokens"] > 1.02 * lengths[n - 1]["tokens"]]  # not those that no rationale reaches
+        for rows, style, unit, place, va in ((numbers, "o-", "averaged", 6, "bottom"), (lengths, "s:", "tokens", -7, "top"),
+                                             ([] if lengths else result.get("greedy", []), "s", "greedy", -7, "top")):
+            axes.plot([r["tokens"] for r in rows], [r["ndcg@10"]["mean"] for r in rows], style, color=colours[label], markersize=4)
+            for r in rows:
+                text = f"{r['value']}{f' {unit}' * (r is rows[-1])}\n{r['seconds']:.2g} s"
+                axes.annotate(text, (r["tokens"], r["ndcg@10"]["mean"]), (0, place), textcoords="offset points", ha="center", va=va, fontsize=7,
+                              color=colours[label])
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.margins(x=0.1, y=0.25)
+    axes.set_title("NDCG@10 by thinking at test time")
+    axes.set_xlabel("sampled tokens a list (beside: seconds a list)")
 
 
 def pick_device(name):
@@ -689,6 +976,11 @@ def add_common_flags(parser):
                    "1 means one greedy rationale (1)")
     g = parser.add_argument_group("run")
     g.add_argument("--seed", type=int, default=0, help="of data, weights, sampling and order (0)")
+
+
+def numbers(text):
+    """An argparse type: whole numbers above 0 with commas between them, in ascending order."""
+    return sorted({positive()(n) for n in text.split(",")})
 
 
 def check_file(flag, path):
@@ -760,8 +1052,16 @@ def main():
     g.add_argument("--open-ended", nargs="?", const="", metavar="FILE", help="answers without candidates, titles separated by [SEP], by RecBench+'s own "
                    "metrics: those of a JSONL of {id, response}, or of the model; with --data recbench:…")
     g.add_argument("--explain", type=positive(), metavar="N", help="print N lists with scores and rationales")
-    g.add_argument("--out", metavar="FILE", help="default: eval.json in the run directory, or in the current one")
+    g.add_argument("--test-time", type=numbers, default=[], metavar="N,…", help="NDCG@10 and cost of so many rationales averaged, such as 1,2,4,8,16")
+    g.add_argument("--test-lengths", type=numbers, default=[], metavar="N,…", help="NDCG@10 and cost of rationales of at most so many tokens, such as 8,16,48")
+    g.add_argument("--plot", nargs="+", metavar="RUN", help="a table over seeds, and a figure (SVG, or as --out ends), of finished run directories or "
+                   "copies of their result.json")
+    g.add_argument("--out", metavar="FILE", help="default: eval.json in the run directory, or in the current one; with --plot results.svg, in results/ where there is one")
     args = parser.parse_args()
+    if args.plot:
+        if extra := [f"--{k.replace('_', '-')}" for k, v in vars(args).items() if k not in ("plot", "out") and v != parser.get_default(k)]:
+            raise InputError(f"--plot reads finished runs and goes with --out alone; drop {', '.join(extra)}")
+        return evaluate_results(args.plot, Path(args.out or Path("results" if Path("results").is_dir() else ".") / "results.svg"))
     if args.run and args.model:
         raise InputError("--run brings its own model: leave out --model, or --run")
     if args.run:
@@ -788,6 +1088,9 @@ def main():
         raise InputError("--probe-orders 1: there is nothing to compare; give at least 2")
     if not args.model and (args.probe_orders or args.explain):
         raise InputError("--probe-orders and --explain look at a language model: add --run or --model")
+    thinking = args.test_time or args.test_lengths
+    if thinking and (not args.model or args.run and flags.get("method") == "rerec"):
+        raise InputError("--test-time and --test-lengths are about R2Rank's rationales: add --run of such a run, or --model")
     out = Path(args.out) if args.out else Path(args.run or ".") / "eval.json"
     check_file("--out", out)
     check_file("--save-predictions", args.save_predictions)
@@ -819,6 +1122,8 @@ def main():
             score_head = r2r.ScoreHead.load(path).to(device) if path.exists() else None
         fill_model_defaults(args, model)
         reasoning = score_head.reasoning if score_head else not args.no_reasoning
+        if thinking and not reasoning:
+            raise InputError("--test-time and --test-lengths: there are no rationales, this is the control without reasoning")
     examples = test_lists(dataset, args, args.eval_lists)
     counts = dataset.popularity()
     scores = {"random": random_scores(examples, args.seed), "popularity": popularity_scores(examples, counts)}
@@ -833,12 +1138,16 @@ def main():
 
         name, results = "rl" if score_head else "zero-shot", score(examples)
         scores[name] = [s for s, _ in results]
+        if thinking:
+            more["test_time"] = test_time(model, tokenizer, score_head, examples, sampling_of(args), args.micro_batch, args.test_time,
+                                          args.test_lengths, args.eval_samples, args.seed)
         if args.probe_orders:
             more["position_probe"] = {name: position_probe(lambda lists: [s for s, _ in score(lists, "probe")], examples, args.probe_orders, args.seed)}
     evaluated = {name: evaluate(s, examples) for name, s in scores.items()}
     values, users = {name: v for name, (_, v) in evaluated.items()}, [e.user for e in examples]
     more |= {"differences": paired_differences(values, users), "slices": slices(values, examples, counts)}
-    systems = write_eval(out, dataset.name, examples, {name: s for name, (s, _) in evaluated.items()}, bool(args.run), **more)
+    systems = write_eval(out, dataset.name, examples, {name: s for name, (s, _) in evaluated.items()}, bool(args.run),
+                         bool(args.run) and as_trained(args, flags), **more)
     if args.save_predictions:
         save_predictions(args.save_predictions, examples, scores)
     if args.explain:
@@ -852,10 +1161,23 @@ def main():
             print(f"{last} - {other}, paired: {difference(values[last]['ndcg@10'], values[other]['ndcg@10'], users)} NDCG@10")
     if args.slices:
         print(slice_table(more["slices"]))
+    if "test_time" in more:
+        print("\n" + test_time_table(more["test_time"]))
     for name, probe in more.get("position_probe", {}).items():
         print(f"{name}, candidates in {probe['orders']} orders: scores differ by at most {probe['max_score_difference']:.1e}, "
               f"{100 * probe['same_ranking']:.1f}% of the lists are ranked the same; NDCG@10 {min(probe['ndcg@10']):.3f} to {max(probe['ndcg@10']):.3f}")
     print(f"written to {out}")
+
+
+def evaluate_results(paths, out):
+    """--plot: the table of runs first; it does not need matplotlib, without which the figure is an error."""
+    check_file("--out", out)
+    if out.suffix not in (".svg", ".png", ".pdf"):
+        raise InputError(f"--out {out}: a figure's file ends in .svg, .png or .pdf")
+    blocks = summarise_results([read_result(path) for path in paths])
+    print("\n\n".join(map(result_table, blocks)), flush=True)
+    plot_results(blocks, out)
+    print(f"figure written to {out}")
 
 
 def evaluate_full(dataset, args, baselines, out):

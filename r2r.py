@@ -404,23 +404,29 @@ class Ranked:
 
 
 @torch.no_grad()
+def scored_rollout(model, tokenizer, score_head, lists, sampling, num_samples=1, micro_batch=32, reasoning=True):
+    """The Rollout that `score_lists` averages: every rationale's own score, sampled as `sampling` says."""
+    prompts = [build_prompt(tokenizer, history, candidates, reasoning) for history, candidates in lists]
+    empty = [torch.zeros(len(p.suffix_ids)) for p in prompts]
+    rollout = generate(model, tokenizer, prompts, empty, num_samples, sampling, reasoning)
+    if score_head is not None:
+        return score(None if reasoning else model, score_head, rollout, sampling.temperature, micro_batch, sampling.share_prefix)
+    rollout.scores = answer_log_odds(model, tokenizer, rollout, micro_batch, sampling.share_prefix)
+    return rollout
+
+
+@torch.no_grad()
 def score_lists(model, tokenizer, score_head, lists, sampling, num_samples=1, micro_batch=32, reasoning=True):
     """Score candidates as a trained (or, without a head, an untrained) model does.
 
     lists: [(history, candidates)]. Rationales are greedy for num_samples = 1, else sampled and their scores averaged.
     Returns [(scores (K,), rationales [K][num_samples])]. Without a head: log p(yes) - log p(no) at the answer position.
     """
-    prompts = [build_prompt(tokenizer, history, candidates, reasoning) for history, candidates in lists]
-    empty = [torch.zeros(len(p.suffix_ids)) for p in prompts]
     sampling = replace(sampling, greedy=num_samples == 1)
-    rollout = generate(model, tokenizer, prompts, empty, num_samples, sampling, reasoning)
-    if score_head is not None:
-        scores = score(None if reasoning else model, score_head, rollout, sampling.temperature, micro_batch, sampling.share_prefix).scores
-    else:
-        scores = answer_log_odds(model, tokenizer, rollout, micro_batch, sampling.share_prefix)
+    rollout = scored_rollout(model, tokenizer, score_head, lists, sampling, num_samples, micro_batch, reasoning)
     texts = tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
     results, start = [], 0
-    for part in rollout.lists(scores):
+    for part in rollout.lists(rollout.scores):
         rows = iter(texts[start:start + part.numel()])
         results.append((part.mean(1).float().cpu(), [[next(rows) for _ in range(part.shape[1])] for _ in range(len(part))]))
         start += part.numel()

@@ -14,7 +14,7 @@ Stages, in the order of the file:
     4. evaluation   on held-out lists, before and after RL
 ReRec has no score head and no warm-up; its stages stand in one function, `train_rerec`, at the end of the file.
 A run directory holds config.json (flags, versions), metrics.jsonl (an object a step), checkpoint/ (a Hugging Face directory and
-score_head.safetensors) and eval.json; until the run has finished, also states/, from which
+score_head.safetensors), eval.json and, once it has finished, result.json; until then also states/, from which
 
     python train.py --resume runs/beauty-Qwen2.5-1.5B                   goes on as if nothing had happened
 
@@ -493,7 +493,7 @@ class Run:
         self.streams, self.generators, self.results, self.curriculum = {}, {}, {}, None
         self.stage, self.step, self.tensors, self.record = None, 0, {}, {}
         self.in_step = self.stopping = False
-        self.failures = 0
+        self.failures, self.started = 0, time.perf_counter()
         if rank():
             return
         try:
@@ -507,6 +507,10 @@ class Run:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise InputError(f"{folder}: another run is at work in this directory; choose another --out") from None
+
+    def seconds(self):
+        """Wall-clock seconds of the run up to now, over the parts that resumed it; not those of steps that had to be done again."""
+        return self.record.get("seconds", 0.0) + time.perf_counter() - self.started
 
     def clear(self):
         if rank():
@@ -601,7 +605,7 @@ class Run:
         self.file.flush()
         os.fsync(self.file.fileno())
         record = {"stage": stage, "step": step, "log_bytes": self.file.tell(), "results": self.results,
-                  "drawn": {name: s.drawn for name, s in self.streams.items()}, "processes": world()}
+                  "drawn": {name: s.drawn for name, s in self.streams.items()}, "processes": world(), "seconds": self.seconds()}
         tensors |= {random_key(name, n): state for n, states in enumerate(random_states) for name, state in states.items()}
 
         def write(folder):
@@ -873,7 +877,7 @@ def roll_out(model, tokenizer, score_head, batch, args, reference=None):
 
 
 def warm_up(run, dataset, targets, args):
-    hidden, relevance = [], []
+    hidden, relevance, started = [], [], time.perf_counter()
     for _ in tqdm(range(args.warmup_steps), desc="warm-up", unit="step"):
         batch = draw_batch(dataset, targets, run.tokenizer, args)
         rollout, _ = with_room(run, lambda: roll_out(run.model, run.tokenizer, run.score_head, batch, args))
@@ -884,7 +888,7 @@ def warm_up(run, dataset, targets, args):
         hidden = [h.to(run.model.device) for h in hidden]
         utility = r2r.fit_score_head(run.score_head, hidden, relevance, optimizer) if rank() == 0 else 0.0
         share_weights(run.score_head)
-        run.log("warmup", args.warmup_steps, {"utility": utility, "lists": len(hidden)},
+        run.log("warmup", args.warmup_steps, {"utility": utility, "lists": len(hidden), "seconds": time.perf_counter() - started},
                 f"warm-up of the score head on {len(hidden)} lists: expected NDCG@10 {utility:.3f} on those held out")
 
 
@@ -994,8 +998,10 @@ def train_r2rank(run, dataset, args, device, dtype, rng):
         return
 
     results = {name: evaluation.evaluate(s, examples) for name, s in (scores | run.results).items()}
-    systems = evaluation.write_eval(run.folder / "eval.json", dataset.name, examples, {name: r[0] for name, r in results.items()})
-    gain = evaluation.difference(results["rl"][1]["ndcg@10"], results[before][1]["ndcg@10"], [e.user for e in examples])
+    users = [e.user for e in examples]
+    systems = evaluation.write_eval(run.folder / "eval.json", dataset.name, examples, {name: r[0] for name, r in results.items()},
+                                    differences=evaluation.paired_differences({name: r[1] for name, r in results.items()}, users))
+    gain = evaluation.difference(results["rl"][1]["ndcg@10"], results[before][1]["ndcg@10"], users)
     print(f"\n{len(examples)} held-out lists of {len(examples[0].candidates)} candidates\n{evaluation.table(systems)}\n"
           f"rl - {before}, paired: {gain} NDCG@10")
 
@@ -1106,8 +1112,10 @@ def train_rerec(run, dataset, source, args, rng):
         return
     rows |= run.results
     systems = {name: evaluation.summarise_queries(tests, r) for name, r in rows.items()}
-    systems = evaluation.write_eval(run.folder / "eval.json", dataset.name, tests, systems)
-    gain = evaluation.difference(*([r["accuracy"] for r in rows[name]] for name in ("rl", before)), [q.user or q.id for q in tests])
+    values, users = {name: {m: [row[m] for row in r] for m in rerec.METRICS} for name, r in rows.items()}, [q.user or q.id for q in tests]
+    systems = evaluation.write_eval(run.folder / "eval.json", dataset.name, tests, systems,
+                                    differences=evaluation.paired_differences(values, users, rerec.METRICS))
+    gain = evaluation.difference(values["rl"]["accuracy"], values[before]["accuracy"], users)
     print(f"\n{len(tests)} held-out requests, {args.num_candidates} candidates each\n{evaluation.query_table(systems)}\n"
           f"rl - {before}, paired: {gain} accuracy")
 
@@ -1187,7 +1195,7 @@ def main():
     texts = (tiny_texts_rerec(dataset, source, args, rng) if source else tiny_texts_r2rank(dataset, args)) if tiny else []
     model, tokenizer = policy.load(str(state or args.model), device, dtype, texts, args.seed)
     run = run or Run(out, args)  # made only now that the model is there
-    run.model, run.tokenizer = model, tokenizer
+    run.model, run.tokenizer, run.started = model, tokenizer, started
     if tiny and source and not state:
         policy.favour_copying(run.model)
         policy.add_words(run.model, run.tokenizer, dict.fromkeys(f" {rewards.shown_title(x)}" for x in dataset.items.values()))
@@ -1222,6 +1230,7 @@ def main():
             train_r2rank(run, dataset, args, device, dtype, rng)
     if rank():
         return
+    evaluation.write_result(out, run.seconds(), world())
     (out / "states").rename(out / "states.old")  # at once: a run without states has finished
     shutil.rmtree(out / "states.old", ignore_errors=True)
     print(f"{time.perf_counter() - started:.0f} s in all; everything is in {out}")

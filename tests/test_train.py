@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -73,8 +74,24 @@ def test_eval_of_a_run_gives_the_run_s_numbers(finished):
     assert len([line for line in out.splitlines() if line.startswith(" *")]) == 2  # the positive of each list is marked
 
 
+def test_a_run_leaves_a_result_that_eval_renews(finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "r")
+    result, report = (json.loads((folder / f"{name}.json").read_text()) for name in ("result", "eval"))
+    assert result["systems"] == evaluation.rounded(report["systems"]) and result["lists"] == report["lists"]
+    assert set(result["seconds"]) == {"sft", "warmup", "rl", "all"} and sum(v for k, v in result["seconds"].items() if k != "all") < result["seconds"]["all"]
+    gain = result["differences"]["rl - sft"]["ndcg@10"]["mean"]
+    assert gain == pytest.approx(report["systems"]["rl"]["ndcg@10"]["mean"] - report["systems"]["sft"]["ndcg@10"]["mean"], abs=1e-5)
+    assert str(finished[0].parent) not in (folder / "result.json").read_text()
+    printed = run("eval.py", "--run", folder, "--baselines", "title-overlap", "--test-time", "1,2", "--test-lengths", "4").stdout
+    renewed = json.loads((folder / "result.json").read_text())
+    assert list(renewed["systems"]) == ["random", "popularity", "sft", "rl", "title-overlap"] and renewed["curve"] == result["curve"]
+    assert [r["value"] for r in renewed["test_time"]["rationales"]] == [1, 2] and "at most 4 tokens" in printed
+    assert renewed["test_time"]["greedy"][0]["ndcg@10"] == renewed["systems"]["rl"]["ndcg@10"]
+    run("eval.py", "--run", folder, "--max-new-tokens", 4)  # not what the run's flags say: its result stays
+    assert json.loads((folder / "result.json").read_text()) == renewed
+
+
 def test_eval_of_an_untrained_model(finished, tmp_path):
-    import shutil
     bare = shutil.copytree(finished[0] / "checkpoint", tmp_path / "model")
     (bare / "score_head.safetensors").unlink()
     run("eval.py", "--model", bare, "--data", "toy", "--eval-lists", 3, "--max-new-tokens", 8, cwd=tmp_path)
