@@ -835,7 +835,7 @@ def plot_results(blocks, out):
     except ImportError:
         raise InputError("--plot needs matplotlib for its figure: pip install matplotlib") from None
     style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "axes.titlelocation": "left",
-             "axes.labelcolor": "0.3", "svg.fonttype": "none", "svg.hashsalt": "results"}
+             "axes.labelcolor": "0.3", "font.sans-serif": ["DejaVu Sans"], "svg.fonttype": "none", "svg.hashsalt": "results"}
     with matplotlib.rc_context(style):
         panels = 2 + any(rows for block in blocks for rows in block["test_time"].values())
         heights = [max(3.2, 0.9 + 0.24 * len(block["rows"])) for block in blocks]
@@ -857,10 +857,12 @@ def plot_curves(axes, block, colours):
     for label, results in block["runs"].items():
         if seeds := [r["curve"]["rl"] for r in results if "rl" in r["curve"]]:
             rows, half = list(zip(*(s[name] for s in seeds))), len(seeds[0]["step"]) // 20
-            smooth = lambda values: [sum(part := values[max(0, n - half):n + half + 1]) / len(part) for n in range(len(values))]
+            points = range((len(rows) - 1) % max(1, len(rows) // 50), len(rows), max(1, len(rows) // 50))  # 50 to 99 of them, with the last
+            smooth = lambda values: [sum(part := values[max(0, n - half):n + half + 1]) / len(part) for n in points]
+            steps = [seeds[0]["step"][n] for n in points]
             mean, low, high = (smooth([f(row) for row in rows]) for f in (lambda row: sum(row) / len(row), min, max))
-            axes.plot(seeds[0]["step"], mean, color=colours[label])
-            axes.fill_between(seeds[0]["step"], low, high, color=colours[label], alpha=0.15, linewidth=0)
+            axes.plot(steps, mean, color=colours[label])
+            axes.fill_between(steps, low, high, color=colours[label], alpha=0.15, linewidth=0)
             ends.append((mean[-1], textwrap.fill(label, 22, break_on_hyphens=False), colours[label]))
     bottom, top = axes.get_ylim()
     place = top  # labels stand at the ends of their lines, from above, none on another
