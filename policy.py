@@ -381,7 +381,7 @@ def sample_rows(model, tokenizer, prefixes, owner, suffixes, sampling):
     return responses, torch.stack(hidden) if hidden else torch.zeros(0, model.get_output_embeddings().weight.shape[1], device=model.device)
 
 
-def _continue(model, ids, mask, cache, config, draw):
+def _continue(model, ids, mask, cache, config, draw=()):
     """`generate` some more tokens, or (config None) only read the last one. Returns ids (N, T + new) and the hidden states (N, D) of
     the last position, a forward pass each: the first has read ids, the others one new token more each."""
     if config is None:
@@ -407,31 +407,37 @@ def _prefill(model, prefixes, owner, suffixes, sampling):
     lists = sorted(set(owner))
     prefix_ids, prefix_mask = _pad([prefixes[i] for i in lists], model.device, left=True)
     suffix_ids, suffix_mask = _pad(suffixes, model.device, left=True)
-    local = torch.tensor([lists.index(o) for o in owner], device=model.device)
-    ids, mask = torch.cat([prefix_ids[local], suffix_ids], dim=1), torch.cat([prefix_mask[local], suffix_mask], dim=1)
+    local = [lists.index(o) for o in owner]
+    which = torch.tensor(local, device=model.device)
+    ids, mask = torch.cat([prefix_ids[which], suffix_ids], dim=1), torch.cat([prefix_mask[which], suffix_mask], dim=1)
     if not sampling.share_prefix:
         return ids, mask, DynamicCache()
-    levels = [(SharedPrefix(model, [prefixes[i] for i in lists]).leaves, prefix_mask, local)]
+    leaves = SharedPrefix(model, [prefixes[i] for i in lists]).leaves
+    levels = [_Level(leaves, prefix_mask, local, len({len(prefixes[i]) for i in lists}) > 1)]
     if suffix_ids.shape[1] > 1:
-        levels = _branch(model, levels, suffixes)
+        (_, (pairs, branch_mask, _)), branch = _branch(model, [(leaves, prefix_mask, which)], local, suffixes)
+        levels.append(_Level(pairs, branch_mask, branch, len(set(map(len, suffixes))) > 1))
     return ids, mask, _Responses(model, levels, sampling.max_new_tokens + 1)
 
 
 class _Level:
-    """Keys and values that rows share: {layer: (M, h, T, d) twice}, mask (M, T), and which of the M each of N rows has, `rows` (N,)."""
+    """Keys and values that rows share: {layer: (M, h, T, d) twice}, mask (M, T), which may have gaps, and which of the M each row has."""
 
-    def __init__(self, pairs, mask, rows):
-        self.pairs, self.gaps = pairs, None if mask.all() else (mask == 0)[:, None, None, None]  # (M, 1, 1, 1, T)
+    def __init__(self, pairs, mask, rows, gaps):
+        self.pairs, self.gaps, self.device = pairs, (mask == 0)[:, None, None, None] if gaps else None, mask.device  # gaps (M, 1, 1, 1, T)
+        self.size = len(mask)
         self.place(rows)
 
     def place(self, rows):
-        """Lay the rows out in a grid (M, R), those that share keys side by side; rows of the grid that are shorter repeat row 0."""
-        self.rows, counts = rows, torch.bincount(rows, minlength=len(next(iter(self.pairs.values()))[0]))
-        order = rows.argsort(stable=True)
-        column = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows[order]]
-        self.grid = rows.new_zeros(len(counts), counts.max())
-        self.grid[rows[order], column] = order
-        self.cell = torch.empty_like(rows).index_put_((order,), rows[order] * self.grid.shape[1] + column)  # row -> its place in the flat grid
+        """Lay N rows out in a grid (M, R), those that share keys side by side; where fewer share, row 0 fills the gap."""
+        self.rows, sharing = rows, [[] for _ in range(self.size)]
+        column = []
+        for n, m in enumerate(rows):
+            column.append(len(sharing[m]))
+            sharing[m].append(n)
+        width = max(map(len, sharing))
+        self.grid = torch.tensor([s + [0] * (width - len(s)) for s in sharing], device=self.device)
+        self.cell = torch.tensor([m * width + c for m, c in zip(rows, column)], device=self.device)  # row -> its place in the flat grid
 
     def spread(self, x):
         """(N, h, g, …) -> (M, h, R, g, …)"""
@@ -491,7 +497,8 @@ class _Response(DynamicLayer):
             buffer[:, :, start:self.length] = new
         own = [b[:, :, :self.length] for b in self.buffers]
         if self.whole:
-            return tuple(torch.cat([*(level.pairs[self.layer][n][level.rows] for level in self.levels), own[n]], dim=2) for n in range(2))
+            return tuple(torch.cat([*(level.pairs[self.layer][n][torch.tensor(level.rows, device=own[n].device)]
+                                     for level in self.levels), own[n]], dim=2) for n in range(2))
         return (_Shared(self.levels, self.layer, *own),) * 2
 
     def batch_select_indices(self, indices):
@@ -499,17 +506,16 @@ class _Response(DynamicLayer):
 
 
 class _Responses(Cache):
-    """The cache of N rows while sampling; levels as in `_branch`."""
+    """The cache of N rows while sampling; levels: [`_Level`]; room: tokens to come."""
 
     def __init__(self, model, levels, room):
-        self.levels = [_Level(*level) for level in levels]
-        whole = model.config._attn_implementation != "shared"
-        super().__init__(layers=[_Response(self.levels, layer, room, whole) for layer in sorted(levels[0][0])])
+        self.levels, whole = levels, model.config._attn_implementation != "shared"
+        super().__init__(layers=[_Response(levels, layer, room, whole) for layer in sorted(levels[0].pairs)])
 
     def batch_select_indices(self, indices):
         super().batch_select_indices(indices)
         for level in self.levels:
-            level.place(level.rows[indices])
+            level.place([level.rows[n] for n in indices.tolist()])
 
 
 @contextlib.contextmanager
@@ -601,14 +607,15 @@ def _forward(model, ids, mask, levels):
     return out.last_hidden_state, cache.pairs
 
 
-def _branch(model, levels, suffixes):
-    """One more level: all but the last token of the rows' suffixes, each different one once."""
-    rows = levels[0][2].tolist()
-    prompts = {prompt: n for n, prompt in enumerate(dict.fromkeys((o, tuple(s)) for o, s in zip(rows, suffixes)))}
+def _branch(model, levels, owner, suffixes):
+    """One more level: all but the last token of the rows' suffixes, each different one once. owner: each row's prefix.
+    Returns the levels, and which of the suffixes each row has."""
+    prompts = {prompt: n for n, prompt in enumerate(dict.fromkeys((o, tuple(s)) for o, s in zip(owner, suffixes)))}
     ids, mask = _pad([s[:-1] for _, s in prompts], model.device, left=True)
     pairs, prefix_mask, _ = levels[0]
     _, own = _forward(model, ids, mask, [(pairs, prefix_mask, torch.tensor([o for o, _ in prompts], device=model.device))])
-    return [*levels, (own, mask, torch.tensor([prompts[o, tuple(s)] for o, s in zip(rows, suffixes)], device=model.device))]
+    rows = [prompts[o, tuple(s)] for o, s in zip(owner, suffixes)]
+    return [*levels, (own, mask, torch.tensor(rows, device=model.device))], rows
 
 
 class SharedPrefix:
@@ -658,18 +665,18 @@ def row_logprobs(prefix, owner, suffixes, responses, temperature=1.0):
     if prefix.share:
         levels = [(prefix.leaves, prefix.mask, torch.tensor(owner, device=device))]
         if _shares_suffixes(owner, suffixes):
-            levels, heads = _branch(model, levels, suffixes), [s[-1:] for s in suffixes]
+            (levels, _), heads = _branch(model, levels, owner, suffixes), [s[-1:] for s in suffixes]
     # Padding is at the right, where no real token can see it, so the mask need not tell of it.
     ids, _ = _pad([h + r for h, r in zip(heads, responses)], device)
     hidden, _ = _forward(model, ids, torch.ones_like(ids), levels)  # (N, S, D)
 
     starts = [len(h) for h in heads]
-    targets, mask = _pad(responses, device)
-    mask = mask.bool()
+    mask = _pad(responses, device)[1].bool()
     last = torch.tensor([a + len(r) - 1 for a, r in zip(starts, responses)], device=device)
-    row, column = mask.nonzero(as_tuple=True)
-    predicts = torch.tensor(starts, device=device)[row] + column - 1  # the position whose output predicts this token
-    flat = _token_logprobs(model.get_output_embeddings(), hidden[row, predicts], targets[mask], temperature)
+    # a token each, by the lists alone (asking the mask would wait for the GPU); the position before a token predicts it
+    tokens = [(n, t, a + t - 1, token) for n, (a, r) in enumerate(zip(starts, responses)) for t, token in enumerate(r)]
+    row, column, predicts, targets = torch.tensor(tokens, dtype=torch.long, device=device).view(-1, 4).unbind(1)
+    flat = _token_logprobs(model.get_output_embeddings(), hidden[row, predicts], targets, temperature)
     logprobs = flat.new_zeros(mask.shape).index_put((row, column), flat)
     return logprobs, mask, hidden[torch.arange(len(owner), device=device), last]
 

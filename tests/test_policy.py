@@ -243,7 +243,7 @@ def test_attention_over_shared_keys_is_attention_over_each_rows_own():
     for row, M, T in zip(rows, (3, 5), (6, 4)):
         pairs, mask = tuple(torch.randn(M, h, T, d) for _ in range(2)), torch.ones(M, T, dtype=torch.long)
         mask[1, :2] = mask[4 % M, :T - 1] = 0
-        levels.append(policy._Level({0: pairs}, mask, row))
+        levels.append(policy._Level({0: pairs}, mask, row.tolist(), True))
         wholes.append((*(x[row] for x in pairs), mask[row]))
     query, keys, values = torch.randn(7, h * g, 1, d), torch.randn(7, h, 2, d), torch.randn(7, h, 2, d)
     whole = [torch.cat(x, dim=-1 - (n < 2)) for n, x in enumerate(zip(*wholes, (keys, values, torch.ones(7, 2))))]
@@ -252,7 +252,7 @@ def test_attention_over_shared_keys_is_attention_over_each_rows_own():
     torch.testing.assert_close(got, want.transpose(1, 2), atol=1e-6, rtol=1e-5)
     keep = torch.tensor([1, 4, 6])
     for level in levels:
-        level.place(level.rows[keep])
+        level.place([level.rows[n] for n in keep.tolist()])
     got = policy._Shared(levels, 0, keys[keep], values[keep]).attend(query[keep], 0.3)
     torch.testing.assert_close(got, want[keep].transpose(1, 2), atol=1e-6, rtol=1e-5)
 
