@@ -30,9 +30,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
@@ -69,7 +70,8 @@ def resolve(name):
 
 
 def load(name, device="cpu", dtype=torch.float32, texts=(), seed=0):
-    """Model and tokenizer. `texts` (strings) are what the tokenizer of `tiny` is trained on. Raises InputError."""
+    """Model and tokenizer. `texts` (strings) are what the tokenizer of `tiny` is trained on. On the device `meta` the model has no weights,
+    and only its config is read. Raises InputError."""
     source = resolve(name)
     transformers.utils.logging.disable_progress_bar()  # for loading and saving weights: the stages' own bars say more
     if source == "tiny":
@@ -79,10 +81,16 @@ def load(name, device="cpu", dtype=torch.float32, texts=(), seed=0):
         verify_directory(source, complete=False)  # someone may want the model without its score head
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+            if device == "meta":
+                with torch.device("meta"):
+                    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=dtype)
+            else:
+                model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(f"--model {name}: cannot load {source} ({reason})") from None
+        if (Path(source) / ADAPTERS).exists():  # the state of a run with --lora
+            load_adapters(model, source)
     for name_ in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(model.config, name_, None) not in (None, 1, 1.0):
             raise InputError(f"--model {name}: its logits are not a plain linear layer of the hidden state ({name_} is set), which "
@@ -96,11 +104,15 @@ def load(name, device="cpu", dtype=torch.float32, texts=(), seed=0):
             # Our caches only read (SharedPrefix below), so recomputing a layer finds the same keys. Left at False,
             # transformers drops the cache under gradient checkpointing, and with it the whole prefix.
             module._can_checkpoint_with_cache = True
+    choose_attention(model, device)
+    return model.to(device).eval(), tokenizer
+
+
+def choose_attention(model, device):
     heads = model.config.get_text_config()
     if (torch.device(device).type == "cpu" and model.config._attn_implementation == "sdpa"
             and getattr(heads, "num_key_value_heads", None) not in (None, heads.num_attention_heads)):
         model.set_attn_implementation("grouped_sdpa")
-    return model.to(device).eval(), tokenizer
 
 
 def grouped_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
@@ -115,10 +127,12 @@ transformers.AttentionInterface.register("grouped_sdpa", grouped_attention)
 transformers.AttentionMaskInterface.register("grouped_sdpa", sdpa_mask)
 
 
-def checkpoint_activations(model):
-    """Recompute activations in the backward pass (`--gradient-checkpointing`); transformers renamed the method."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+def checkpoint_activations(model, on=True):
+    """Recompute activations in the backward pass (`--gradient-checkpointing`); transformers renamed the methods."""
+    if on:
+        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    else:
+        (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
 
 
 def build_tiny(texts, seed=0, vocab_size=2000, hidden_size=192, num_layers=2, num_heads=6):
@@ -187,6 +201,62 @@ def favour_copying(model, offsets=(1, 2, 3), sharpness=5.0):
             attention.q_proj.bias[start + f] = sharpness
             attention.k_proj.bias[start + f] = sharpness * angle.cos()
             attention.k_proj.bias[start + size // 2 + f] = sharpness * angle.sin()
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+ADAPTERS = "adapters.safetensors"  # beside the weights that they adapt
+
+
+def add_adapters(model, rank):
+    """Freeze the model, and put a trainable adapter of low rank on every linear layer of its decoder (`--lora`; LoRA, arXiv 2106.09685).
+
+    A layer W x becomes W x + 2 B A x, A and B in float32 whatever W is, B = 0 at first. Raises InputError where peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise InputError("--lora: the adapters are those of peft, which is not installed: pip install peft") from None
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"), model)
+    for name, p in model.named_parameters():
+        p.requires_grad_(".lora_" in name)
+        p.data = p.data.float() if ".lora_" in name else p.data
+
+
+def adapters(model):
+    return {name: p.detach() for name, p in model.named_parameters() if ".lora_" in name}
+
+
+def load_adapters(model, folder):
+    """The adapters that `save_model` wrote, put on a model that has none yet, or in the place of its own."""
+    saved = load_file(Path(folder) / ADAPTERS)
+    if not adapters(model):
+        add_adapters(model, next(len(x) for name, x in saved.items() if "lora_A" in name))
+    with torch.no_grad():
+        for name, x in adapters(model).items():
+            x.copy_(saved[name])
+
+
+def save_model(model, folder):
+    """An ordinary Hugging Face directory; adapters go into a file of their own, and the weights are those beneath."""
+    beneath = {name.replace(".base_layer", ""): x for name, x in model.state_dict().items() if ".lora_" not in name}
+    model.save_pretrained(folder, state_dict=beneath if adapters(model) else None)
+    save_adapters(model, folder)
+
+
+def save_adapters(model, folder):
+    if tensors := adapters(model):
+        save_file({name: x.contiguous() for name, x in tensors.items()}, Path(folder) / ADAPTERS)
+
+
+@torch.no_grad()
+def merge_adapters(model):
+    """Add the adapters to the weights beneath, rounded to their type: an ordinary model again."""
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "get_delta_weight"):
+            layer = module.get_base_layer()
+            layer.weight += module.get_delta_weight("default")
+            model.set_submodule(name, layer)
 
 
 # --- saving ----------------------------------------------------------------------------------------------------------
@@ -397,7 +467,7 @@ def _prefill(model, prefixes, owner, suffixes, sampling):
         return ids, mask, DynamicCache()
     levels = [(SharedPrefix(model, [prefixes[i] for i in lists]).leaves, prefix_mask, local)]
     if suffix_ids.shape[1] > 1:
-        levels = _branch(model, levels, suffixes)
+        levels = _branch(model, levels, [lists.index(o) for o in owner], suffixes)
     return ids, mask, Cache(layers=[_Reserved([(pairs[layer], rows) for pairs, _, rows in levels], sampling.max_new_tokens + 1)
                                     for layer in sorted(levels[0][0])])
 
@@ -508,14 +578,13 @@ def _forward(model, ids, mask, levels):
     return out.last_hidden_state, cache.pairs
 
 
-def _branch(model, levels, suffixes):
-    """One more level: all but the last token of the rows' suffixes, each different one once."""
-    rows = levels[0][2].tolist()
-    prompts = {prompt: n for n, prompt in enumerate(dict.fromkeys((o, tuple(s)) for o, s in zip(rows, suffixes)))}
+def _branch(model, levels, owner, suffixes):
+    """One more level: all but the last token of the rows' suffixes, each different one once. owner: each row's prefix."""
+    prompts = {prompt: n for n, prompt in enumerate(dict.fromkeys((o, tuple(s)) for o, s in zip(owner, suffixes)))}
     ids, mask = _pad([s[:-1] for _, s in prompts], model.device, left=True)
     pairs, prefix_mask, _ = levels[0]
     _, own = _forward(model, ids, mask, [(pairs, prefix_mask, torch.tensor([o for o, _ in prompts], device=model.device))])
-    return [*levels, (own, mask, torch.tensor([prompts[o, tuple(s)] for o, s in zip(rows, suffixes)], device=model.device))]
+    return [*levels, (own, mask, torch.tensor([prompts[o, tuple(s)] for o, s in zip(owner, suffixes)], device=model.device))]
 
 
 class SharedPrefix:
@@ -560,18 +629,18 @@ def row_logprobs(prefix, owner, suffixes, responses, temperature=1.0):
     if prefix.share:
         levels = [(prefix.leaves, prefix.mask, torch.tensor(owner, device=device))]
         if _shares_suffixes(owner, suffixes):
-            levels, heads = _branch(model, levels, suffixes), [s[-1:] for s in suffixes]
+            levels, heads = _branch(model, levels, owner, suffixes), [s[-1:] for s in suffixes]
     # Padding is at the right, where no real token can see it, so the mask need not tell of it.
     ids, _ = _pad([h + r for h, r in zip(heads, responses)], device)
     hidden, _ = _forward(model, ids, torch.ones_like(ids), levels)  # (N, S, D)
 
     starts = [len(h) for h in heads]
-    targets, mask = _pad(responses, device)
-    mask = mask.bool()
+    mask = _pad(responses, device)[1].bool()
     last = torch.tensor([a + len(r) - 1 for a, r in zip(starts, responses)], device=device)
-    row, column = mask.nonzero(as_tuple=True)
-    predicts = torch.tensor(starts, device=device)[row] + column - 1  # the position whose output predicts this token
-    flat = _token_logprobs(model.get_output_embeddings(), hidden[row, predicts], targets[mask], temperature)
+    # a token each, by the lists alone (asking the mask would wait for the GPU); the position before a token predicts it
+    tokens = [(n, t, a + t - 1, token) for n, (a, r) in enumerate(zip(starts, responses)) for t, token in enumerate(r)]
+    row, column, predicts, targets = torch.tensor(tokens, dtype=torch.long, device=device).view(-1, 4).unbind(1)
+    flat = _token_logprobs(model.get_output_embeddings(), hidden[row, predicts], targets, temperature)
     logprobs = flat.new_zeros(mask.shape).index_put((row, column), flat)
     return logprobs, mask, hidden[torch.arange(len(owner), device=device), last]
 
