@@ -1018,12 +1018,13 @@ def test_lists(dataset, args, num_lists):
     return examples
 
 
-def fill_model_defaults(args, model):
-    """Defaults that depend on the model's size, where the user gave nothing."""
+def fill_model_defaults(args, model, device=None):
+    """Defaults that depend on the model's size, and on where it is or (device) will be, where the user gave nothing."""
     small = sum(p.numel() for p in model.parameters()) < 20e6
-    args.micro_batch = args.micro_batch or (80 if small else 4 if model.device.type == "cpu" else 16)
+    kind = torch.device(device or model.device).type
+    args.micro_batch = args.micro_batch or (80 if small else 4 if kind == "cpu" else 16)
     args.max_new_tokens = args.max_new_tokens or (48 if small else 256)
-    args.eval_lists = args.eval_lists or (200 if small else 500 if model.device.type == "cuda" else 20)
+    args.eval_lists = args.eval_lists or (200 if small else 500 if kind == "cuda" else 20)
 
 
 def sampling_of(args):

@@ -31,9 +31,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -72,7 +73,8 @@ def resolve(name):
 
 
 def load(name, device="cpu", dtype=torch.float32, texts=(), seed=0):
-    """Model and tokenizer. `texts` (strings) are what the tokenizer of `tiny` is trained on. Raises InputError."""
+    """Model and tokenizer. `texts` (strings) are what the tokenizer of `tiny` is trained on. On the device `meta` the model has no weights,
+    and only its config is read. Raises InputError."""
     source = resolve(name)
     transformers.utils.logging.disable_progress_bar()  # for loading and saving weights: the stages' own bars say more
     if source == "tiny":
@@ -83,10 +85,16 @@ def load(name, device="cpu", dtype=torch.float32, texts=(), seed=0):
         verify_directory(source, complete=False)  # someone may want the model without its score head
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+            if device == "meta":
+                with torch.device("meta"):
+                    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=dtype)
+            else:
+                model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(f"--model {name}: cannot load {source} ({reason})") from None
+        if (Path(source) / ADAPTERS).exists():  # the state of a run with --lora
+            load_adapters(model, source)
     for name_ in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(model.config, name_, None) not in (None, 1, 1.0):
             raise InputError(f"--model {name}: its logits are not a plain linear layer of the hidden state ({name_} is set), which "
@@ -125,10 +133,12 @@ transformers.AttentionInterface.register("shared", shared_attention)
 transformers.AttentionMaskInterface.register("shared", sdpa_mask)
 
 
-def checkpoint_activations(model):
-    """Recompute activations in the backward pass (`--gradient-checkpointing`); transformers renamed the method."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+def checkpoint_activations(model, on=True):
+    """Recompute activations in the backward pass (`--gradient-checkpointing`); transformers renamed the methods."""
+    if on:
+        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    else:
+        (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
 
 
 def build_tiny(texts, seed=0, vocab_size=2000, hidden_size=192, num_layers=2, num_heads=6):
@@ -197,6 +207,64 @@ def favour_copying(model, offsets=(1, 2, 3), sharpness=5.0):
             attention.q_proj.bias[start + f] = sharpness
             attention.k_proj.bias[start + f] = sharpness * angle.cos()
             attention.k_proj.bias[start + size // 2 + f] = sharpness * angle.sin()
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+ADAPTERS = "adapters.safetensors"  # beside the weights that they adapt
+
+
+def add_adapters(model, rank):
+    """Freeze the model, and put a trainable adapter of low rank on every linear layer of its decoder (`--lora`; LoRA, arXiv 2106.09685).
+
+    A layer W x becomes W x + 2 B A x, A and B in float32 whatever W is, B = 0 at first. Raises InputError where peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise InputError("--lora: the adapters are those of peft, which is not installed: pip install peft") from None
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"), model)
+    for name, p in model.named_parameters():
+        p.requires_grad_(".lora_" in name)
+        p.data = p.data.float() if ".lora_" in name else p.data
+
+
+def adapters(model):
+    return {name: p.detach() for name, p in model.named_parameters() if ".lora_" in name}
+
+
+def load_adapters(model, folder):
+    """The adapters that `save_model` wrote, put on a model that has none yet, or in the place of its own."""
+    saved = load_file(Path(folder) / ADAPTERS)
+    if not adapters(model):
+        add_adapters(model, next(len(x) for name, x in saved.items() if "lora_A" in name))
+    with torch.no_grad():
+        for name, x in adapters(model).items():
+            x.copy_(saved[name])
+
+
+def save_model(model, folder, weights=None):
+    """An ordinary Hugging Face directory; adapters go into a file of their own, and the weights are those beneath. weights: by name, of a
+    model that cannot be asked for them."""
+    if adapters(model):
+        weights = {name.replace(".base_layer", ""): x for name, x in model.state_dict().items() if ".lora_" not in name}
+    model.save_pretrained(folder, state_dict=dict(weights) if weights else None)
+    save_adapters(model, folder)
+
+
+def save_adapters(model, folder):
+    if tensors := adapters(model):
+        save_file({name: x.contiguous() for name, x in tensors.items()}, Path(folder) / ADAPTERS)
+
+
+@torch.no_grad()
+def merge_adapters(model):
+    """Add the adapters to the weights beneath, rounded to their type: an ordinary model again."""
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "get_delta_weight"):
+            layer = module.get_base_layer()
+            layer.weight += module.get_delta_weight("default")
+            model.set_submodule(name, layer)
 
 
 # --- saving ----------------------------------------------------------------------------------------------------------

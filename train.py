@@ -34,6 +34,7 @@ Deviations:
 
 import argparse
 import contextlib
+import copy
 import functools
 import gc
 import importlib.metadata
@@ -47,9 +48,11 @@ import shutil
 import signal as signals
 import sys
 import time
+import weakref
 from datetime import timedelta
 from operator import attrgetter
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -59,6 +62,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import eval as evaluation
@@ -107,7 +112,10 @@ def parse_flags():
     g.add_argument("--teacher", metavar="MODEL|FILE", help="who writes the cold start's traces: `template`, a model like --model, or a JSONL "
                    "of {history, candidate, label, trace} (tiny: template)")
     g.add_argument("--teacher-traces", type=positive(), default=1000, metavar="N", help="(user, item) pairs a teacher model is asked about (1000)")
-    g.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in the backward pass: less memory, slower")
+    switch = argparse.BooleanOptionalAction
+    g.add_argument("--gradient-checkpointing", action=switch, help="recompute activations in the backward pass: less memory, slower (off; on a GPU: where needed)")
+    g.add_argument("--offload-optimizer", action=switch, help="keep float32 weights and Adam's moments in the host's memory (off; on a GPU: where needed)")
+    g.add_argument("--lora", type=positive(), metavar="RANK", help="train adapters of that rank on the decoder's linear layers, not the weights (needs peft)")
     g.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="several processes (torchrun) share the work of a step, or (fsdp) also the "
                    "float32 weights and Adam's moments, for models whose training state does not fit one GPU (ddp)")
     g.add_argument("--overfit-one-batch", action="store_true", help="sanity run: every RL step sees the same lists; their NDCG must go to 1")
@@ -117,6 +125,8 @@ def parse_flags():
     g.add_argument("--resume", metavar="DIR", help="go on with the run in DIR, with the flags it has")
     g.add_argument("--save-every", type=positive(), default=50, metavar="N", help="steps between saved states (50)")
     g.add_argument("--keep", type=positive(), default=1, metavar="N", help="saved states to keep (1)")
+    g.add_argument("--dry-run", type=positive(float), nargs="?", const=True, metavar="GB", help="print what memory the run would need, and leave; "
+                   "with GB, on a GPU of that size, which need not be here")
     args = parser.parse_args()
     if args.resume:
         return resumed_flags(parser, args)
@@ -124,7 +134,8 @@ def parse_flags():
     return args
 
 
-MAY_CHANGE = ("device", "micro_batch", "rollout_rows", "parallel", "save_every", "keep", "cache_dir", "mirror")  # on --resume; the rest has a meaning
+MAY_CHANGE = ("device", "micro_batch", "rollout_rows", "gradient_checkpointing", "offload_optimizer", "parallel", "save_every", "keep", "cache_dir",
+              "mirror")  # on --resume; the rest has a meaning
 
 
 def resumed_flags(parser, args):
@@ -138,7 +149,7 @@ def resumed_flags(parser, args):
     parser.set_defaults(**{k: v for k, v in recorded.items() if k in given})
     args = parser.parse_args()
     changed = {k: (v, getattr(args, k)) for k, v in recorded.items()
-               if k not in ("out", "resume", "overwrite") and k in given and getattr(args, k) != v}
+               if k not in ("out", "resume", "overwrite", "dry_run") and k in given and getattr(args, k) != v}
     refused = [f"--{k.replace('_', '-')} {old} -> {new}" for k, (old, new) in changed.items() if k not in MAY_CHANGE]
     if refused:
         raise InputError(f"--resume {args.resume}: this would make it another run: {', '.join(refused)}. Leave these out, or start a new run")
@@ -387,38 +398,45 @@ def launcher():
 
 
 class Optimizer:
-    """AdamW whose state, and for bfloat16 weights a copy of them, is float32.
+    """AdamW whose state, and for bfloat16 weights a copy of them, is float32. Frozen parameters are left out.
 
     An update of 1e-6 is below the resolution of a bfloat16 weight and would be lost. Gradients, too, add up in float32: each is
-    moved to its master as soon as its backward pass has written it. The masters of a sharded model are its shards.
+    moved to its master as soon as its backward pass has written it. With `offload` masters (of float32 weights, too) and state are in
+    the host's memory: on the device stay the weights and the sums of gradients, which travel one at a time in `step`. The masters of
+    a sharded model are its shards.
     """
 
-    def __init__(self, groups):
-        self.pairs, self.handles = [], []
+    def __init__(self, groups, offload=False):
+        self.pairs, self.sums, self.handles, self.offload = [], [], [], offload  # sums: the tensors whose `grad` adds up
         for group in groups:
             masters = []
-            for p in group["params"]:
-                sharded = hasattr(p, "shard")
-                if p.dtype == torch.float32 and not sharded:
-                    masters.append(p)
-                    continue
-                master = p.shard if sharded else p.detach().float().requires_grad_()
+            for p in filter(lambda p: p.requires_grad, group["params"]):
+                master, sharded = p, hasattr(p, "shard")
                 if sharded:
+                    master = p.shard
                     master.detach().copy_(master.detach().to(p.dtype))  # from p, as without shards: not from an earlier optimizer's master
+                elif offload or p.dtype != torch.float32:
+                    master = p.detach().to("cpu" if offload else p.device, torch.float32).requires_grad_()
+                if master is not p:
+                    self.pairs.append((p, master))
                 masters.append(master)
-                self.pairs.append((p, master))
-                self.handles.append(p.register_post_accumulate_grad_hook(self._move_gradient(master)))
+                # bfloat16 can have no float32 gradient: without a master here, something of its shape has it, without memory of its own
+                blank = torch.zeros((), device=p.device).expand(p.shape).requires_grad_
+                self.sums.append(master if sharded else p if p.dtype == torch.float32 else blank() if offload else master)
+                if self.sums[-1] is not p:
+                    self.handles.append(p.register_post_accumulate_grad_hook(self._move_gradient(self.sums[-1])))
             group["params"] = masters
-        self.adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+        # foreach, the default on a GPU, would hold 4 bytes a parameter more during a step
+        self.adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, foreach=False)
         self.base_rates = [g["lr"] for g in self.adamw.param_groups]
 
     @staticmethod
-    def _move_gradient(master):
+    def _move_gradient(total):
         def move(p):
-            if master.grad is None:
-                master.grad = unsummed(p.grad.float(), master)
+            if total.grad is None:
+                total.grad = unsummed(p.grad.float(), total)
             else:
-                own(master.grad).add_(p.grad)
+                own(total.grad).add_(p.grad)
             p.grad = None
         return move
 
@@ -427,16 +445,22 @@ class Optimizer:
 
         Gradients that are not finite are thrown away: the weights stay as they are.
         """
-        parameters = [p for g in self.adamw.param_groups for p in g["params"]]
-        sum_gradients(parameters)
-        norm = clip_gradients(parameters, max_norm)
+        sum_gradients(self.sums)
+        norm = clip_gradients(self.sums, max_norm)
         if not math.isfinite(norm):
             self.clear()
             return norm
         for group, base in zip(self.adamw.param_groups, self.base_rates):
             group["lr"] = base * rate
-        self.adamw.step()
-        self.adamw.zero_grad()
+        if self.offload:  # AdamW passes over what has no gradient, so the host holds one at a time
+            for total, (p, master) in zip(self.sums, self.pairs):
+                if total.grad is not None:
+                    master.grad, total.grad = total.grad.to("cpu"), None
+                    self.adamw.step()
+                    master.grad = None
+        else:
+            self.adamw.step()
+        self.clear()
         with torch.no_grad():
             for p, master in self.pairs:
                 p.copy_(whole(master.to(p.dtype)))
@@ -446,28 +470,31 @@ class Optimizer:
         """Everything that a resumed optimizer needs: {name: tensor}, whole, on rank 0; but all processes call it."""
         state, tensors = self.adamw.state_dict()["state"], {}
         parts = ({f"adamw.{n}.{k}": v for n, values in state.items() for k, v in values.items()}
-                 | {f"master.{n}": master.detach() for n, (p, master) in enumerate(self.pairs) if p.dtype != torch.float32})
+                 | {f"master.{n}": master.detach() for n, master in enumerate(self.masters())})
         for name, tensor in parts.items():
             tensor = whole(tensor)
             if not rank():
                 tensors[name] = tensor.cpu()  # one at a time: all of them may not fit a GPU
         return tensors
 
+    def masters(self):
+        """Those that are more exact than their weights; the others can be had from these."""
+        return [master for p, master in self.pairs if p.dtype != torch.float32]
+
     def load(self, tensors):
-        state, parameters = {}, [p for g in self.adamw.param_groups for p in g["params"]]
+        state, masters, parameters = {}, self.masters(), [p for g in self.adamw.param_groups for p in g["params"]]
         for name, tensor in tensors.items():
             kind, n, *key = name.split(".")
             if kind == "adamw":
                 state.setdefault(int(n), {})[key[0]] = like(parameters[int(n)], tensor)
             elif kind == "master":
                 with torch.no_grad():
-                    self.pairs[int(n)][1].copy_(like(self.pairs[int(n)][1], tensor))
+                    masters[int(n)].copy_(like(masters[int(n)], tensor))
         self.adamw.load_state_dict({"state": state, "param_groups": self.adamw.state_dict()["param_groups"]})
 
     def clear(self):
         """Forget all gradients, also those of an attempt that failed half way."""
-        self.adamw.zero_grad()
-        for p, _ in self.pairs:
+        for p in itertools.chain(self.sums, *self.pairs):
             p.grad = None
 
     def close(self):
@@ -620,7 +647,7 @@ class Run:
 
     def write_checkpoint(self, folder):
         """An ordinary Hugging Face directory with the score head, or the curriculum's state, beside the weights."""
-        self.model.save_pretrained(folder, **({"state_dict": dict(self.weights)} if self.weights else {}))
+        policy.save_model(self.model, folder, self.weights)
         self.tokenizer.save_pretrained(folder)
         if self.score_head is not None:
             self.score_head.save(folder / "score_head.safetensors")
@@ -628,6 +655,7 @@ class Run:
             (folder / "curriculum.json").write_text(json.dumps(self.curriculum.state_dict()) + "\n")
 
     def finish(self):
+        policy.merge_adapters(self.model)  # nobody needs peft to open the checkpoint; what is evaluated is what is saved
         if rank() == 0:
             policy.save_directory(self.folder / "checkpoint", self.write_checkpoint)
 
@@ -814,7 +842,7 @@ def cold_start(run, lessons, args):
     for each of the prompt's suffixes, or several for its only one."""
     model, tokenizer = run.model, run.tokenizer
     end = policy.stop_ids(model, tokenizer)[0]
-    optimizer = Optimizer([{"params": list(model.parameters()), "lr": args.sft_lr}])
+    optimizer = Optimizer([{"params": list(model.parameters()), "lr": args.sft_lr}], args.offload_optimizer)
     model.train()
     for step, bar in run.steps("sft", args.sft_steps, optimizer, "cold start"):
         started = time.perf_counter()
@@ -896,7 +924,7 @@ def train_rl(run, dataset, targets, args):
     model, tokenizer, score_head = run.model, run.tokenizer, run.score_head
     reference = frozen_reference(run, args) if args.kl_coef else None
     optimizer = Optimizer([{"params": list(model.parameters()), "lr": args.lr},
-                           {"params": list(score_head.parameters()), "lr": args.head_lr}])
+                           {"params": list(score_head.parameters()), "lr": args.head_lr}], args.offload_optimizer)
     generator = run.generators["permutations"] = torch.Generator().manual_seed(args.seed + rank())
     if run.stage != "rl":
         run.save("rl", 0, optimizer)  # the cold start and the warm-up are not done again
@@ -952,8 +980,16 @@ def train_rl(run, dataset, targets, args):
 
 
 def frozen_reference(run, args):
-    """The model as it is when RL begins; kept in the run directory, for a resumed run to find."""
+    """The model as it is when RL begins; kept in the run directory, for a resumed run to find. Beneath adapters (`--lora`) nothing is
+    trained: there the reference has adapters of its own, and the rest in common with the model."""
     folder = run.folder / "reference"
+    if args.lora:
+        model = copy.deepcopy(run.model, {id(p): p for p in run.model.parameters() if not p.requires_grad}).eval()  # takes these as copied
+        if run.stage == "rl":
+            policy.load_adapters(model, folder)
+        elif rank() == 0:
+            policy.save_directory(folder, functools.partial(policy.save_adapters, model))
+        return model.requires_grad_(False)
     if run.stage != "rl" and rank() == 0:
         policy.save_directory(folder, run.write_checkpoint)
     gather([])  # until it is there; a sharded model cannot be copied in memory
@@ -1031,7 +1067,7 @@ def train_queries(run, queue, queries, graph, embeddings, args):
     """GRPO with ReRec's rewards and advantages on the queue's batches. queries: id -> Query."""
     model, tokenizer = run.model, run.tokenizer
     reference = frozen_reference(run, args) if args.kl_coef else None
-    optimizer = Optimizer([{"params": list(model.parameters()), "lr": args.lr}])
+    optimizer = Optimizer([{"params": list(model.parameters()), "lr": args.lr}], args.offload_optimizer)
     fixed = queue.next_batch() if args.overfit_one_batch else None
     run.curriculum, share = queue, not args.no_share_prefix
     if run.stage == "rl":
@@ -1120,13 +1156,247 @@ def train_rerec(run, dataset, source, args, rng):
           f"rl - {before}, paired: {gain} accuracy")
 
 
+# --- memory ------------------------------------------------------------------------------------------------------------------
+# What a run will need, before anything is loaded. A step's passes run on the meta device, where tensors have shapes and no memory, by the
+# functions that the run itself calls: with prompts as long as the longest of the data, and responses that never end by themselves.
+
+GB = 2**30
+CUDA_ITSELF = 0.7 * GB  # context, kernels, workspaces; assumed, not measured
+LIBRARIES = 0.06 * GB  # what they take besides once they are at work
+GAPS = {"cpu": 0.3, "cuda": 0.1}  # what allocators hold beyond what is alive, as a share of the passes; that of cuda is assumed, not measured
+
+
+class Alive(TorchDispatchMode):
+    """Adds up the bytes of the tensors made inside it that are alive: `now`, and at the `peak`."""
+
+    def __init__(self, *modules):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = {x.untyped_storage()._cdata for m in modules for x in itertools.chain(m.parameters(), m.buffers())}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return 0  # a mask is asked whether it hides nothing
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and (storage := x.untyped_storage())._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        return out
+
+    def _free(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+
+class FusedAttention(torch.autograd.Function):
+    """The tensors of a kernel that never holds all weights of attention; left to itself, the meta device takes one that does."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask):
+        out = torch.empty_like(query)  # (N, H, T, d)
+        mask = None if mask is None else mask.to(query.dtype)
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:3], dtype=torch.float32), mask)
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return *(torch.empty_like(x) for x in ctx.saved_tensors[:3]), None
+
+
+@contextlib.contextmanager
+def on_meta(*modules):
+    """Gives an Alive, for passes of modules on the meta device."""
+    attention = lambda query, key, value, mask=None, *args, attn_mask=None, **kwargs: FusedAttention.apply(query, key, value, mask if attn_mask is None else attn_mask)
+    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention), Alive(*filter(None, modules)) as alive:
+        yield alive
+
+
+def blank_rows(lists, candidates, samples, lengths):
+    """(prefixes, owner, suffixes, responses) of lists x candidates x samples rows. lengths: tokens of prefix, suffix, response."""
+    prefix, suffix, response = lengths
+    each = [[c] * suffix for c in range(candidates) for _ in range(samples)]
+    return [[0] * prefix] * lists, [n for n in range(lists) for _ in each], each * lists, [[0] * response] * (lists * len(each))
+
+
+@functools.cache
+@torch.no_grad()
+def sampling_memory(model, shape, lengths, max_rows):
+    """Bytes of a `generate` call on the first of blank_rows(*shape, lengths): (keys and values, what else there is at the peak)."""
+    prefixes, owner, suffixes, _ = blank_rows(*shape, lengths)
+    with on_meta(model.eval()) as alive:
+        ids, mask, cache = policy._prefill(model, prefixes, owner[:max_rows], suffixes[:max_rows], policy.Sampling(lengths[2]))
+        kept = alive.now
+        _, (hidden,) = policy._continue(model, ids, mask, cache, None)
+        probabilities = model.get_output_embeddings()(hidden).float().softmax(-1)
+        cumulative = probabilities[:64].cumsum(-1, dtype=torch.float64)  # noqa: F841
+    return kept, alive.peak - kept
+
+
+@functools.cache
+def update_memory(model, score_head, shape, lengths, micro_batch, checkpointing):
+    """Bytes of an update on blank_rows(*shape, lengths): (activations of the prefixes, of a micro-batch, what else there is at the peak)."""
+    kept, (prefixes, owner, suffixes, responses) = None, blank_rows(*shape, lengths)
+    policy.checkpoint_activations(model.train(), checkpointing)
+    with on_meta(model, score_head) as alive:
+        for prefix, local, part in policy.micro_batches(model, prefixes, owner, suffixes, responses, micro_batch):
+            before = alive.now
+            logprobs, _, hidden = policy.row_logprobs(prefix, local, [suffixes[n] for n in part], [responses[n] for n in part])
+            kept = kept or (before, alive.now - before)
+            (logprobs.sum() + (score_head(hidden) if score_head else hidden).sum()).backward()
+    return *kept, alive.peak - sum(kept)
+
+
+def memory_parts(model, score_head, prompt, args, device, here):
+    """[(what, "device" or "host", bytes, phases in which it is there)]; on a CPU all is the device's.
+    prompt: tokens of prefix and suffix; here: bytes that Python has now.
+
+    The cold start is left out: it has fewer rows than RL, and shorter ones.
+    """
+    lengths = (*prompt, 0 if args.no_reasoning else args.max_new_tokens)
+    G = 1 if args.no_reasoning else args.group_size
+    K = 1 if args.method == "rerec" else args.num_candidates
+    lists, tests = -(-args.batch_lists // world()), -(-args.eval_lists // world())
+    of = lambda parameters: (sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters))
+    trained = [p for p in itertools.chain(model.parameters(), score_head.parameters() if score_head else ()) if p.requires_grad]
+    (total, weights), (count, _) = of(list(model.parameters())), of(trained)
+    copied, _ = of([p for p in trained if p.dtype != torch.float32 or args.offload_optimizer and device != "cpu"])
+    state = "host" if args.offload_optimizer else "device"
+    training = ("sampling", "update", "saving a state")
+    parts = [("Python, its libraries, the data", "host", here, (*training, "evaluation", "loading")),
+             (f"weights: {total / 1e6:.1f}M", "device", weights, (*training, "evaluation")),
+             ("frozen reference", "device", of([p for p in model.parameters() if p.requires_grad or not args.lora])[1] if args.kl_coef else 0, training),
+             (f"gradients: {count / 1e6:.1f}M, float32", "device", 4 * count, ("update",)),
+             ("float32 copies of weights", state, 4 * copied, training), ("AdamW's two moments", state, 8 * count, training)]
+    if device != "cpu":
+        parts += [("weights, before they are moved", "host", weights, ("loading",)),
+                  ("what is saved", "host", weights + (0 if state == "host" else 4 * copied + 8 * count), ("saving a state",))]
+    gaps = lambda sizes: sizes[-1] + GAPS.get(device.split(":")[0], 0.1) * sum(sizes)
+    alike = min(lists, max(1, args.micro_batch // (K * G)))  # lists that share a pass, as in policy.micro_batches
+    shape = (alike, min(K, -(-2 * args.micro_batch // G)), G)  # a third micro-batch of a list adds nothing to the second
+    sizes = update_memory(model, score_head, shape, lengths, args.micro_batch, bool(args.gradient_checkpointing))
+    parts += [(f"update: activations of {alike} prefix{'es' * (alike > 1)} of {lengths[0]} tokens", "device", sizes[0], ("update",)),
+              (f"update: activations of {min(args.micro_batch, alike * K * G)} rows of {sum(lengths[1:])} tokens", "device", sizes[1], ("update",)),
+              ("update: logits, gradients on their way, allocator's gaps", "device", gaps(sizes), ("update",))]
+    samples = 1 if args.method == "rerec" else args.eval_samples
+    tested = (min(tests, max(1, args.rollout_rows // (K * samples))), K, samples)
+    for phase, shape in () if args.no_reasoning else (("sampling", (lists, K, G)), ("evaluation", tested)):
+        sizes = sampling_memory(model, shape, lengths, args.rollout_rows)
+        parts += [(f"{phase}: keys and values of {min(math.prod(shape), args.rollout_rows)} rows of {sum(lengths)} tokens", "device", sizes[0], (phase,)),
+                  (f"{phase}: a pass, allocator's gaps", "device", gaps(sizes), (phase,))]
+    return parts if device != "cpu" else [(what, "device", size, there) for what, _, size, there in parts]
+
+
+def longest_prompt(tokenizer, dataset, source, args):
+    """Tokens of the longest prefix and of the longest suffix in RL's first 200 lists or requests."""
+    count = min(200, max(1, args.steps) * args.batch_lists)
+    if source:
+        prompts = [rerec.build_prompt(tokenizer, q, args.personalized, args.list_length) for q in source.draw("train", min(count, args.num_queries))]
+    else:
+        examples = (dataset.example(t, args.num_candidates, args.history_length, args.seed)
+                    for t in itertools.islice(endless(dataset, "train", args.seed), count))
+        prompts = [r2r.build_prompt(tokenizer, e.history, e.candidates, not args.no_reasoning) for e in examples]
+    return max(len(p.prefix_ids) for p in prompts), max(len(s) for p in prompts for s in p.suffix_ids)
+
+
+def peaks(parts):
+    """{"device" or "host": (bytes at most, in which phase)}."""
+    phases = list(dict.fromkeys(phase for *_, there in parts for phase in there))
+    return {where: max((sum(size for _, at, size, there in parts if at == where and phase in there), phase) for phase in phases)
+            for where in dict.fromkeys(at for _, at, _, _ in parts)}
+
+
+def room_on(device):
+    """Bytes that are free on a GPU now, or that this machine has; None where nobody knows."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if device == "cpu" and hasattr(os, "sysconf") else None
+
+
+def fit_memory(args, dataset, source, device, dtype):
+    """Print the estimate with --dry-run; on a GPU turn on, of what saves memory and the user left open, as little as is needed."""
+    settings = argparse.Namespace(**vars(args) | {"gradient_checkpointing": None, "no_share_prefix": False})
+    model, tokenizer = build_model(settings, dataset, source, "cpu" if args.model == "tiny" else "meta", dtype, random.Random(args.seed))
+    here = LIBRARIES + (int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if Path("/proc/self/statm").exists() else GB // 2)
+    model.to("meta").tie_weights()
+    for p in model.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))  # gradients are counted apart
+    score_head = None if source else r2r.ScoreHead(model.config.get_text_config().hidden_size).to("meta")
+    fill_defaults(settings, model, device)
+    prompt = longest_prompt(tokenizer, dataset, source, settings)
+    room = args.dry_run * GB - CUDA_ITSELF if args.dry_run not in (None, True) else room_on(device)
+
+    def estimate(changes):
+        parts = memory_parts(model, score_head, prompt, argparse.Namespace(**vars(settings) | changes), device, here)
+        return parts, peaks(parts)["device"]
+
+    chosen = {name: getattr(args, name) for name in ("gradient_checkpointing", "offload_optimizer")}
+    undecided = [name for name, on in chosen.items() if on is None and device.startswith("cuda")]
+    for n, on in ((n, on) for n in range(len(undecided) + 1) for on in itertools.combinations(undecided, n)):
+        chosen |= {name: name in on for name in undecided}
+        parts, (peak, phase) = estimate(chosen)
+        if room is None or peak <= room:
+            break
+    vars(args).update(chosen)
+    if args.dry_run:
+        print_memory(parts)
+    flag = lambda name, value: f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+    on = " ".join(flag(name, True) for name in undecided if chosen[name])
+    if room is not None and peak <= room and (on or args.dry_run):
+        print(f"memory: {peak / GB:.1f} GB of {room / GB:.1f} GB by estimate" + f", with {on}, turned on for that" * bool(on))
+    if room is None or peak <= room:
+        return
+    more, least = dict(chosen), peak  # what the user may do
+    while least > room and more.get("micro_batch") != 1 and more.get("rollout_rows") != 1:
+        if phase == "update" and not more["gradient_checkpointing"]:
+            more["gradient_checkpointing"] = True
+        else:
+            name = "micro_batch" if phase == "update" else "rollout_rows"
+            more[name] = max(1, more.get(name, getattr(settings, name)) // 4)
+        _, (least, phase) = estimate(more)
+    advice = " ".join(flag(name, value) for name, value in more.items() if value)
+    print(f"memory: {peak / GB:.1f} GB by estimate, more than the {room / GB:.1f} GB here" + f", even with {on}" * bool(on)
+          + (f"; with {advice} it would be {least / GB:.1f} GB" if least <= room else "; take a smaller model, adapters (--lora 16), or shorter texts "
+             "(--max-new-tokens, --history-length)"))
+
+
+def print_memory(parts):
+    """The estimate as a table: parts, then what is there together in each phase."""
+    places = ("device", "host") if any(place == "host" for _, place, _, _ in parts) else ("device",)
+    print(f"{'memory in GB (2^30 bytes)':<62}" + "".join(f"{place:>8}" for place in places) + "  while")
+    line = lambda what, sizes, there: print(f"{what:<62}" + "".join(f"{sizes[p] / GB:8.2f}" if p in sizes else " " * 8 for p in places) + f"  {there}")
+    for what, place, size, there in parts:
+        if size:
+            line(what, {place: size}, ", ".join(there) if len(there) < 4 else "always")
+    for phase in dict.fromkeys(phase for *_, there in parts for phase in there):
+        line("together", {p: sum(size for _, place, size, there in parts if place == p and phase in there) for p in places}, phase)
+
+
 # --- the run -----------------------------------------------------------------------------------------------------------------
 
 
-def fill_defaults(args, model):
+def build_model(args, dataset, source, device, dtype, rng, state=None):
+    """(model, tokenizer) as training begins or, from a state, goes on. On the device `meta` it has no weights."""
+    tiny = args.model == "tiny"
+    texts = (tiny_texts_rerec(dataset, source, args, rng) if source else tiny_texts_r2rank(dataset, args)) if tiny else []
+    model, tokenizer = policy.load(str(state or args.model), device, dtype, texts, args.seed)
+    if tiny and source and not state:
+        policy.favour_copying(model)
+        policy.add_words(model, tokenizer, dict.fromkeys(f" {rewards.shown_title(x)}" for x in dataset.items.values()))
+    if args.lora and not state:
+        policy.add_adapters(model, args.lora)
+    if args.gradient_checkpointing:
+        policy.checkpoint_activations(model)
+    return model, tokenizer
+
+
+def fill_defaults(args, model, device):
     """Defaults that depend on the model: `tiny` starts from nothing, everything else from a pretrained checkpoint."""
     tiny, given = args.model == "tiny", args.max_new_tokens
-    evaluation.fill_model_defaults(args, model)
+    evaluation.fill_model_defaults(args, model, device)
     args.teacher = args.teacher or ("template" if tiny or args.sft_steps else None)
     if args.method == "rerec":
         # The toy's words and titles are a token each: four claims about an item, and a box.
@@ -1137,8 +1407,8 @@ def fill_defaults(args, model):
         own = (("steps", 30, 200), ("lr", 5e-5, 6e-6), ("head_lr", 3e-4, 3e-5), ("warmup_steps", 2, 4),
                ("sft_steps", 400, 200 if args.teacher else 0), ("sft_lr", 1e-3, 1e-5))
     for name, small, large in own:
-        if getattr(args, name) is None:
-            setattr(args, name, small if tiny else large)
+        if getattr(args, name) is None:  # adapters learn at ten times the rate
+            setattr(args, name, small if tiny else large * (10 if args.lora and name in ("lr", "sft_lr") else 1))
 
 
 def choose_run_directory(args, dataset):
@@ -1162,10 +1432,15 @@ def main():
     started = time.perf_counter()
     if args.no_reasoning and args.kl_coef:
         raise InputError("--kl-coef acts on rationale tokens, and with --no-reasoning there are none; drop one of the two")
+    if args.parallel == "fsdp" and (args.lora or args.offload_optimizer):
+        raise InputError("--parallel fsdp shards the float32 weights that --offload-optimizer would move and --lora does not have; drop one of the two")
     if args.overwrite and not args.out:
         raise InputError("--overwrite needs --out DIR; without --out a new directory is made")
     dataset, device, dtype = rank_0_first(lambda: evaluation.check_common_flags(args))
-    device = own_gpu(device)
+    if args.dry_run not in (None, True):  # a card that need not be here
+        device, dtype = "cuda", evaluation.pick_dtype(args.dtype, "cuda")
+    else:
+        device = own_gpu(device)
     args.save_candidates = None if rank() else args.save_candidates
     source = None
     if dataset.bench and args.method != "rerec":
@@ -1180,6 +1455,11 @@ def main():
             dataset.examples(split, 1, args.num_candidates, args.history_length, args.seed)
     if args.teacher and args.teacher != "template" and not Path(args.teacher).is_file():
         policy.resolve(args.teacher)
+    if args.dry_run or device.startswith("cuda") and not args.resume:
+        fit_memory(args, dataset, source, device, dtype)
+        if args.dry_run:
+            return
+    args.gradient_checkpointing, args.offload_optimizer = bool(args.gradient_checkpointing), bool(args.offload_optimizer)
     out = Path(args.resume) if args.resume else gather([choose_run_directory(args, dataset)] if rank() == 0 else [])[0]
     if args.resume and not (out / "states").exists():
         return print(f"{out}: this run has finished; nothing to resume")
@@ -1191,17 +1471,10 @@ def main():
     torch.manual_seed(args.seed + rank())  # the processes sample each in its own way; what all must draw alike comes from rng
     rng = random.Random(args.seed)
 
-    tiny = args.model == "tiny"
-    texts = (tiny_texts_rerec(dataset, source, args, rng) if source else tiny_texts_r2rank(dataset, args)) if tiny else []
-    model, tokenizer = policy.load(str(state or args.model), device, dtype, texts, args.seed)
+    model, tokenizer = build_model(args, dataset, source, device, dtype, rng, state)
     run = run or Run(out, args)  # made only now that the model is there
     run.model, run.tokenizer, run.started = model, tokenizer, started
-    if tiny and source and not state:
-        policy.favour_copying(run.model)
-        policy.add_words(run.model, run.tokenizer, dict.fromkeys(f" {rewards.shown_title(x)}" for x in dataset.items.values()))
-    fill_defaults(args, run.model)
-    if args.gradient_checkpointing:
-        policy.checkpoint_activations(run.model)
+    fill_defaults(args, run.model, device)
     if not source:
         head = r2r.ScoreHead(run.model.config.get_text_config().hidden_size, reasoning=not args.no_reasoning)
         run.score_head = (r2r.ScoreHead.load(state / "score_head.safetensors") if state else head).to(device)
@@ -1222,7 +1495,8 @@ def main():
         print(f"note: --batch-lists {args.batch_lists} leaves some of {world()} processes without work in RL")
     print(f"{dataset.name}: {len(dataset.items)} items, {len(dataset.sequences)} users, "
           f"{' / '.join(str(len(dataset.splits[s])) for s in ('train', 'validation', 'test'))} examples in train / validation / test\n"
-          f"{args.model}: {sum(p.numel() for p in run.model.parameters()) / 1e6:.1f}M parameters, {dtype} on {device}")
+          f"{args.model}: {sum(p.numel() for p in run.model.parameters()) / 1e6:.1f}M parameters, {dtype} on {device}"
+          + (f"; trained: adapters of rank {args.lora}, {sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6:.2f}M" if args.lora else ""))
     with run.interruptible():
         if source:
             train_rerec(run, dataset, source, args, rng)

@@ -177,7 +177,7 @@ def test_what_resume_refuses_and_names(harness, whole, tmp_path):
 
 def test_a_vanished_or_read_only_run_directory_is_named(harness, whole, tmp_path):
     run_ = train.Run(tmp_path / "r", train.argparse.Namespace(save_every=1, keep=1))
-    run_.model = run_.tokenizer = type("Saves", (), {"save_pretrained": lambda self, folder: None})()
+    run_.model = run_.tokenizer = type("Saves", (torch.nn.Module,), {"save_pretrained": lambda self, folder, **kw: None})()
     run_.open_log()
     optimizer = train.Optimizer([{"params": [torch.nn.Parameter(torch.ones(2))], "lr": 1.0}])
     run_.save("rl", 1, optimizer)
