@@ -208,12 +208,14 @@ def needs(size, prefix, suffixes, args, share=True):
     read, decode = forward_flops(size, prompts, 0), forward_flops(size, [(new, n) for n in lengths], rows * new)
     token = size["keys_and_values"] * layers * size["bytes"]  # keys and values of one token
     length, held, part = sum(lengths) / rows + new, min(rows, args.rollout_rows), min(rows, args.micro_batch)
+    common = prefix + sum(suffixes) if share else 0  # tokens whose keys and values rows have in common while sampling
+    own = [new if share else n + new for n in lengths]
     suffix_tokens = max(1, part / G) * sum(suffixes) / K  # of the candidates in a micro-batch
     activity = (sum(n for n, _ in prompts) + rows * new) * layers * size["hidden"] * size["bytes"]  # each token's states through the layers
     return {"tokens": rows * new, "activity": activity, "rollout_flops": read + decode, "update_flops": 3 * (read + decode), "read_flops": read, "decode_flops": decode,
-            "cache_read": sum(new * n + new**2 / 2 for n in lengths) * token, "decode_layers": math.ceil(rows / args.rollout_rows) * new * layers,
-            "credit": rows**2, "cache_copies_read": rows * length * token, "update_layers": (4 * math.ceil(rows / args.micro_batch) + 2) * layers, "parameters": size["parameters"],
-            "cache_held": held * length * token, "logits": held * size["vocabulary"] * 4, "gradients": 4 * size["parameters"],
+            "cache_read": (new * common + sum(new * n - new**2 / 2 for n in own)) * token, "decode_layers": math.ceil(rows / args.rollout_rows) * new * layers,
+            "credit": rows**2, "credit_held": 4 * (rows**2 + min(43 * rows**2, r2r.CREDIT_ELEMENTS)), "cache_copies_read": rows * length * token, "update_layers": (4 * math.ceil(rows / args.micro_batch) + 2) * layers, "parameters": size["parameters"],
+            "cache_held": (common + held * sum(own) / rows) * token, "logits": held * size["vocabulary"] * 4, "gradients": 4 * size["parameters"],
             "activations": (prefix + suffix_tokens + part * new) * layers * size["hidden"] * size["bytes"],
             "cache_copies": part * length * token, "chunk": min(part * new * size["vocabulary"], policy.CHUNK_ELEMENTS) * 4}
 
@@ -401,7 +403,7 @@ LAW = {  # what is explained: by which of the quantities of `needs` ("constant" 
     "credit seconds": ("credit", "constant"),
     "update seconds": ("update_flops", "activity", "cache_copies_read", "update_layers", "parameters", "constant"),
     "rollout memory": ("cache_held", "logits", "constant"),  # memory: above what is there before the phase
-    "credit memory": ("credit", "constant"),
+    "credit memory": ("credit_held", "constant"),
     "update memory": ("gradients", "activations", "cache_copies", "chunk", "constant"),
 }
 BASE = {"num_candidates": 20, "group_size": 4, "history_length": 10, "new_tokens": 48}
