@@ -143,7 +143,8 @@ def resumed_flags(parser, args):
     return args
 
 
-R2RANK_FLAGS = ("pl", "permutations", "credit", "head_lr", "warmup_steps", "no_reasoning", "eval_samples", "candidates", "save_candidates", "negatives")
+R2RANK_FLAGS = ("pl", "permutations", "credit", "head_lr", "warmup_steps", "no_reasoning", "eval_samples", "candidates", "save_candidates", "negatives",
+                "facts")
 REREC_FLAGS = ("query_kinds", "max_conditions", "num_queries", "reward_weights", "raae_penalty", "no_raae", "tau", "no_curriculum",
                "personalized", "list_length")
 
@@ -702,6 +703,8 @@ def recorded_lessons(dataset, path, rng, reasoning=True):
         try:
             record = json.loads(line)
             history, candidate = [dataset.items[i] for i in record["history"]], dataset.items[record["candidate"]]
+            if dataset.facts:  # from which the user's own interactions are left out
+                candidate, = dataset.facts.beside(record["user"], history, [candidate])
             label, trace = bool(record["label"]), record["trace"]
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{path} line {number}: expected an object with history (item ids of the catalogue), candidate, label "
@@ -1111,6 +1114,8 @@ def main():
     if tiny and source and not state:
         policy.favour_copying(run.model)
         policy.add_words(run.model, run.tokenizer, dict.fromkeys(f" {rewards.shown_title(x)}" for x in dataset.items.values()))
+    if tiny and args.facts and not state:
+        policy.add_words(run.model, run.tokenizer, [f" [{name} {n}]" for name in dataset.facts.names for n in range(10)])
     fill_defaults(args, run.model)
     if args.gradient_checkpointing:
         policy.checkpoint_activations(run.model)
