@@ -948,6 +948,9 @@ def add_common_flags(parser):
     g.add_argument("--num-candidates", type=positive(), default=20, metavar="K", help="candidates a list, one of them the positive (20)")
     g.add_argument("--negatives", choices=data.NEGATIVES, default="uniform", help="drawn uniformly, by popularity, or from the positive's category (uniform)")
     g.add_argument("--history-length", type=positive(), default=10, metavar="N", help="latest interactions shown (10)")
+    g.add_argument("--facts", nargs="?", choices=("auto", "beside", "only"), const="auto", help="tell of each candidate, in levels from 0 to 9, what is known from "
+                   "the training period: had together with the history, words and attributes shared with it, popularity; `beside` the text, or `only` "
+                   "that (auto: only for tiny, else beside)")
     g.add_argument("--candidates", metavar="FILE", help="evaluate on the lists of this JSONL: user, history, candidates (item ids), relevance")
     g.add_argument("--save-candidates", metavar="FILE", help="write the evaluated lists as such a JSONL")
     g.add_argument("--data-dir", metavar="DIR", help="folder of the benchmark's files, for --data recbench:movie and recbench:book")
@@ -1002,6 +1005,11 @@ def check_common_flags(args):
         policy.resolve(args.model)
     dataset = data.load(args.data, args.split, args.seed, args.negatives, args.cache_dir, args.mirror, args.skip_bad_lines, args.since,
                         args.until, args.core, args.require, args.data_dir)
+    if args.facts:
+        if dataset.bench:
+            raise InputError("--facts are about lists to rank, and RecBench+'s files hold requests; leave it out")
+        args.facts = args.facts if args.facts != "auto" else "only" if args.model == "tiny" else "beside"
+        dataset.facts = data.Facts(dataset, args.facts == "only")
     if args.num_candidates > len(dataset.items) and not (args.candidates or getattr(args, "full", False)):
         raise InputError(f"--num-candidates {args.num_candidates}: {dataset.name} has only {len(dataset.items)} items")
     return dataset, device, dtype
@@ -1010,7 +1018,7 @@ def check_common_flags(args):
 def test_lists(dataset, args, num_lists):
     """The lists to evaluate on: those of --candidates, or seeded ones of the test split; written to --save-candidates."""
     if args.candidates:
-        examples = data.read_lists(args.candidates, dataset.items)[:num_lists]
+        examples = [dataset.with_facts(e) for e in data.read_lists(args.candidates, dataset.items)[:num_lists]]
     else:
         examples = dataset.examples("test", num_lists, args.num_candidates, args.history_length, args.seed)
     if args.save_candidates:

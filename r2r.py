@@ -43,7 +43,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import policy
-from data import InputError, Item, describe
+from data import InputError, Item, describe, facts_text
 from rewards import discounted_gains
 
 CREDIT_ELEMENTS = 2**24  # what re-scored lists take at once: some 64 MB, several times
@@ -64,10 +64,16 @@ ANSWER = re.compile(r"<answer>\s*(yes|no)\s*</answer>", re.IGNORECASE)
 
 
 def build_prompt(tokenizer, history, candidates, reasoning=True, question=None):
-    """policy.Prompt of one list: everything up to the candidate is the prefix, the rest is one suffix a candidate."""
+    """policy.Prompt of one list: everything up to the candidate is the prefix, the rest is one suffix a candidate.
+
+    Where the candidates come with facts in the place of text, neither the history nor a title is shown.
+    """
     question = question or (QUESTION if reasoning else QUESTION_WITHOUT_REASONING)
     prefix = "The user's history, oldest first:\n" + "".join(f"- {describe(item)}\n" for item in history)
-    return policy.encode_prompt(tokenizer, f"{SYSTEM} {question}", prefix, [f"\nCandidate: {describe(c)}" for c in candidates])
+    if only_facts := all(c.only_facts for c in candidates):
+        prefix = ""
+    return policy.encode_prompt(tokenizer, f"{SYSTEM} {question}", prefix,
+                                [f"\nCandidate:{facts_text(c)}" if only_facts else f"\nCandidate: {describe(c)}" for c in candidates])
 
 
 def parse_answer(text):
@@ -78,11 +84,10 @@ def parse_answer(text):
 
 def template_trace(history, candidate, reasoning=True):
     """The template teacher: (response text, its answer). Each claim repeats the attribute beside its evidence: one look-up."""
-    counts = {}
-    for name, values in candidate.attributes.items():
-        counts[f"{name} {values[-1]}"] = sum(values[-1] in item.attributes.get(name, ()) for item in history)
-    yes = bool(counts) and next(iter(counts.values())) >= max(1, round(0.2 * len(history)))
-    evidence = ", ".join(f"{claim} {n}" for claim, n in counts.items()) or "nothing known"
+    counts = candidate.facts or {f"{name} {values[-1]}": sum(values[-1] in item.attributes.get(name, ()) for item in history)
+                                 for name, values in candidate.attributes.items()}
+    yes = bool(counts) and next(iter(counts.values())) >= (5 if candidate.facts else max(1, round(0.2 * len(history))))
+    evidence = facts_text(candidate).strip() or ", ".join(f"{claim} {n}" for claim, n in counts.items()) or "nothing known"
     answer = f"<answer>{'yes' if yes else 'no'}</answer>"
     return (f"In the history: {evidence}.\n{answer}" if reasoning else answer), yes
 

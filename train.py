@@ -165,7 +165,8 @@ def resumed_flags(parser, args):
     return args
 
 
-R2RANK_FLAGS = ("pl", "permutations", "credit", "head_lr", "warmup_steps", "no_reasoning", "eval_samples", "candidates", "save_candidates", "negatives")
+R2RANK_FLAGS = ("pl", "permutations", "credit", "head_lr", "warmup_steps", "no_reasoning", "eval_samples", "candidates", "save_candidates", "negatives",
+                "facts")
 REREC_FLAGS = ("query_kinds", "max_conditions", "num_queries", "reward_weights", "raae_penalty", "no_raae", "tau", "no_curriculum",
                "personalized", "list_length")
 
@@ -817,6 +818,8 @@ def recorded_lessons(dataset, path, rng, reasoning=True):
         try:
             record = json.loads(line)
             history, candidate = [dataset.items[i] for i in record["history"]], dataset.items[record["candidate"]]
+            if dataset.facts:  # from which the user's own interactions are left out
+                candidate, = dataset.facts.beside(record["user"], history, [candidate])
             label, trace = bool(record["label"]), record["trace"]
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{path} line {number}: expected an object with history (item ids of the catalogue), candidate, label "
@@ -1386,6 +1389,8 @@ def build_model(args, dataset, source, device, dtype, rng, state=None):
     if tiny and source and not state:
         policy.favour_copying(model)
         policy.add_words(model, tokenizer, dict.fromkeys(f" {rewards.shown_title(x)}" for x in dataset.items.values()))
+    if tiny and args.facts and not state:
+        policy.add_words(model, tokenizer, [f" [{name} {n}]" for name in dataset.facts.names for n in range(10)])
     if args.lora and not state:
         policy.add_adapters(model, args.lora)
     if args.gradient_checkpointing:

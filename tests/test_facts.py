@@ -1,0 +1,138 @@
+"""--facts: their numbers by brute force, that no target stands in its own evidence, and the command line."""
+
+import json
+import math
+import random
+import re
+from dataclasses import replace
+
+import pytest
+
+import data
+import policy
+import r2r
+import train
+from data import InputError
+from test_train import SMALL, run
+
+
+@pytest.fixture(scope="module", params=["leave-one-out", "temporal"])
+def shop(request):
+    """30 users, 40 items whose titles share words; some buy an item twice."""
+    rng = random.Random(1)
+    items = {f"i{n}": data.make_item(f"i{n}", " ".join(rng.choices("red blue green nail lip gloss care set".split(), k=4)),
+                                     {"brand": [f"B{n % 6}"], "categories": ["All", f"K{n % 5}"] if n % 3 else []}) for n in range(40)}
+    sequences = {f"u{u}": [data.Interaction(f"i{min(rng.choices(range(40), k=2))}", float(t)) for t in sorted(rng.sample(range(100), 8))] for u in range(30)}
+    splits, length = (data.split_temporal if request.param == "temporal" else data.split_leave_one_out)(sequences)
+    dataset = data.Dataset("shop", items, sequences, splits, length)
+    dataset.facts = data.Facts(dataset)
+    return dataset
+
+
+def brute_force(dataset, user, history, candidate):
+    """(together, title, popularity) from sets of users and dense vectors, without the user."""
+    had = {u: {x.item_id for x in s[:dataset.train_length[u]]} for u, s in dataset.sequences.items() if u != user}
+    n = lambda *ids: sum(set(ids) <= s for s in had.values())
+    titles = {i: re.findall(r"\w+", x.title.lower()) for i, x in dataset.items.items()}
+    vocabulary = sorted({w for t in titles.values() for w in t})
+    df = [sum(w in t for t in titles.values()) for w in vocabulary]
+
+    def vector(i):
+        v = [(1 + math.log(titles[i].count(w))) * math.log(len(titles) / d) if w in titles[i] else 0.0 for w, d in zip(vocabulary, df)]
+        norm = math.sqrt(sum(x * x for x in v))
+        return [x / norm for x in v]
+
+    weights = [0.8**age for age in range(len(history))][::-1]
+    together = sum(w * n(h.id, candidate.id) / math.sqrt(n(h.id) * n(candidate.id)) for w, h in zip(weights, history) if n(h.id, candidate.id))
+    title = sum(w * sum(x * y for x, y in zip(vector(h.id), vector(candidate.id))) for w, h in zip(weights, history))
+    return together, title, n(candidate.id)
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_facts_by_brute_force(shop, split):
+    facts = shop.facts
+    for e in shop.examples(split, 25, 8):
+        for c, row in zip(e.candidates, facts.measure(e.user, e.history, e.candidates)):
+            expected = brute_force(shop, e.user, e.history, c)
+            assert row == pytest.approx(expected, abs=1e-9)
+            for name, x, borders in zip(("together", "title", "popularity"), row, facts.borders):
+                assert c.facts[name] == (1 + sum(b <= x for b in borders) if x else 0)
+            for name in ("brand", "categories"):
+                assert c.facts[name] == sum(bool(set(c.attributes.get(name, ())) & set(h.attributes.get(name, ()))) for h in e.history)
+
+
+def test_levels_are_used_evenly(shop):
+    """Over positives and as many negatives, what is above zero falls into nine parts, as evenly as ties allow."""
+    lists = [shop.example(t, 2) for t in shop.targets("train")]
+    levels = [c.facts["title"] for e in lists for c in e.candidates if c.facts["title"]]
+    assert set(levels) == set(range(1, 10)) and max(map(levels.count, range(1, 10))) < 2 * len(levels) / 9
+
+
+def test_no_interaction_of_the_user_counts(shop):
+    """The facts of a user's lists are those of a data set in which he was never there; so no target knows itself."""
+    for user in list(shop.sequences)[:10]:
+        without = replace(shop, train_length=shop.train_length | {user: 0}, facts=None)
+        stranger = data.Facts(without)
+        for target in [t for split in shop.splits.values() for t in split if t[0] == user]:
+            e = shop.example(target, 8)
+            assert shop.facts.measure(user, e.history, e.candidates) == stranger.measure(user, e.history, e.candidates)
+
+
+def test_nothing_after_the_training_period_counts(shop):
+    cut = replace(shop, sequences={u: s[:shop.train_length[u]] for u, s in shop.sequences.items()}, facts=None)
+    blind = data.Facts(cut)
+    for e in shop.examples("test", 20, 8):
+        assert shop.facts.measure(e.user, e.history, e.candidates) == blind.measure(e.user, e.history, e.candidates)
+
+
+def test_facts_do_not_depend_on_the_other_candidates(shop):
+    for e in shop.examples("test", 10, 8):
+        whole = [c.facts for c in e.candidates]
+        assert [c.facts for c in shop.facts.beside(e.user, e.history, e.candidates[::-1])] == whole[::-1]
+        assert [shop.facts.beside(e.user, e.history, [c])[0].facts for c in e.candidates] == whole
+
+
+def test_prompts_and_traces_state_them(shop):
+    model, tokenizer = policy.load("tiny", texts=shop.texts() + [r2r.SYSTEM])
+    policy.add_words(model, tokenizer, [f" [{name} {n}]" for name in shop.facts.names for n in range(10)])
+    e = shop.examples("test", 1, 4)[0]
+    stated = [data.facts_text(c) for c in e.candidates]
+    assert stated[0] == "".join(f" [{name} {n}]" for name, n in e.candidates[0].facts.items()) and stated[0].startswith(" [together ")
+    beside = r2r.build_prompt(tokenizer, e.history, e.candidates)
+    only = r2r.build_prompt(tokenizer, e.history, [replace(c, only_facts=True) for c in e.candidates])
+    for c, text, long, short in zip(e.candidates, stated, beside.suffix_ids, only.suffix_ids):
+        assert f"\nCandidate: {c.title}" in tokenizer.decode(long) and f"{text}<|im_end|>" in tokenizer.decode(long)
+        assert f"\nCandidate:{text}<|im_end|>" in tokenizer.decode(short)
+        assert len(tokenizer(text, add_special_tokens=False).input_ids) == len(shop.facts.names)  # a token each
+        assert text in r2r.template_trace(e.history, c)[0]
+    assert e.history[0].title in tokenizer.decode(beside.prefix_ids) and e.history[0].title not in tokenizer.decode(only.prefix_ids)
+
+
+def test_lists_and_traces_from_files_have_them(shop, tmp_path):
+    examples = shop.examples("test", 3, 8)
+    data.save_lists(tmp_path / "lists.jsonl", examples)
+    read = [shop.with_facts(e) for e in data.read_lists(tmp_path / "lists.jsonl", shop.items)]
+    assert [[c.facts for c in e.candidates] for e in read] == [[c.facts for c in e.candidates] for e in examples]
+    e = shop.examples("train", 1, 8)[0]
+    line = {"user": e.user, "history": [h.id for h in e.history], "trace": "<answer>{}</answer>"}
+    lines = [line | {"candidate": c.id, "label": int(y), "trace": f"<answer>{'yes' if y else 'no'}</answer>"} for c, y in zip(e.candidates, e.relevance)]
+    path = tmp_path / "traces.jsonl"
+    path.write_text("".join(json.dumps(x) + "\n" for x in lines))
+    lessons = train.recorded_lessons(shop, path, random.Random(0))
+    expected = {c.id: c.facts for c in e.candidates}
+    for _ in range(3):
+        _, (candidate,), _ = next(lessons)
+        assert candidate.facts == expected[candidate.id]
+    path.write_text(json.dumps({k: v for k, v in lines[0].items() if k != "user"}) + "\n")
+    with pytest.raises(InputError, match="user"):
+        train.recorded_lessons(shop, path, random.Random(0))
+
+
+def test_a_run_with_facts_and_its_evaluation(tmp_path):
+    folder = tmp_path / "r"
+    run("train.py", *SMALL, "--facts", "--out", folder)
+    assert json.loads((folder / "config.json").read_text())["flags"]["facts"] == "only"
+    before = json.loads((folder / "eval.json").read_text())["systems"]["rl"]
+    out = run("eval.py", "--run", folder, "--explain", 1).stdout
+    assert json.loads((folder / "eval.json").read_text())["systems"]["rl"] == before and "[together " in out
+    assert "--method rerec" in run("train.py", "--method", "rerec", "--facts", code=2).stderr
