@@ -732,7 +732,7 @@ def with_room(run, attempt):
     result, failure = tried(attempt)
     if failures := [f for f in gather([failure]) if f]:
         raise InputError(f"out of memory again ({failures[0]}). Lower --micro-batch and --rollout-rows, then --max-new-tokens or "
-                         f"--history-length; or add --gradient-checkpointing")
+                         f"--history-length; or add --gradient-checkpointing or --offload-optimizer")
     return result
 
 
@@ -1166,7 +1166,8 @@ def train_rerec(run, dataset, source, args, rng):
 GB = 2**30
 CUDA_ITSELF = 0.7 * GB  # context, kernels, workspaces; assumed, not measured
 LIBRARIES = 0.06 * GB  # what they take besides once they are at work
-GAPS = {"cpu": 0.3, "cuda": 0.1}  # what allocators hold beyond what is alive, as a share of the passes; that of cuda is assumed, not measured
+GAPS = 0.1  # what an allocator holds beyond what is alive, as a share of the passes; on a GPU assumed, not measured
+GLIBC_GAPS = 0.6  # on a CPU, in the first update; the moments that AdamW then makes fill these gaps
 
 
 class Alive(TorchDispatchMode):
@@ -1276,7 +1277,7 @@ def memory_parts(model, score_head, prompt, args, device, here):
     if device != "cpu":
         parts += [("weights, before they are moved", "host", weights, ("loading",)),
                   ("what is saved", "host", weights + (0 if state == "host" else 4 * copied + 8 * count), ("saving a state",))]
-    gaps = lambda sizes: sizes[-1] + GAPS.get(device.split(":")[0], 0.1) * sum(sizes)
+    gaps = lambda sizes: sizes[-1] + max(GAPS * sum(sizes), GLIBC_GAPS * sum(sizes) - 8 * count if device == "cpu" else 0)
     alike = min(lists, max(1, args.micro_batch // (K * G)))  # lists that share a pass, as in policy.micro_batches
     shape = (alike, min(K, -(-2 * args.micro_batch // G)), G)  # a third micro-batch of a list adds nothing to the second
     sizes = update_memory(model, score_head, shape, lengths, args.micro_batch, bool(args.gradient_checkpointing))
@@ -1464,7 +1465,8 @@ def main():
         fit_memory(args, dataset, source, device, dtype)
         if args.dry_run:
             return
-    args.gradient_checkpointing, args.offload_optimizer = bool(args.gradient_checkpointing), bool(args.offload_optimizer)
+    for name in ("gradient_checkpointing", "offload_optimizer"):  # on all processes, where one of them needs it
+        setattr(args, name, any(gather([bool(getattr(args, name))])))
     out = Path(args.resume) if args.resume else gather([choose_run_directory(args, dataset)] if rank() == 0 else [])[0]
     if args.resume and not (out / "states").exists():
         return print(f"{out}: this run has finished; nothing to resume")
