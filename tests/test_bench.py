@@ -9,13 +9,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import bench
+import policy
 
 
 def counted(model, tokens, cache, predict):
     """FLOPs of reading tokens one by one, which computes no pair of positions in vain."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         for token in tokens:
-            hidden = model.model(torch.tensor([[token]]), past_key_values=cache, use_cache=True).last_hidden_state
+            hidden = model.model(torch.tensor([[token]]), use_cache=True, **policy._named(model, cache)).last_hidden_state
             if predict:
                 model.lm_head(hidden)
     return counter.get_total_flops()

@@ -118,7 +118,7 @@ def test_seconds_of_a_resumed_run_add_up(tmp_path):
     def part(seconds, state=None):
         """A run directory opened, and worked in for `seconds`."""
         part = train.Run(tmp_path / "r", train.argparse.Namespace(save_every=1, keep=2))
-        part.model = part.tokenizer = type("Saves", (), {"save_pretrained": lambda self, folder: None})()
+        part.model = part.tokenizer = type("Saves", (torch.nn.Module,), {"save_pretrained": lambda self, folder, **kw: None})()
         if state:
             part.open_state(state)
         part.open_log()
