@@ -1167,7 +1167,6 @@ GB = 2**30
 CUDA_ITSELF = 0.7 * GB  # context, kernels, workspaces; assumed, not measured
 LIBRARIES = 0.06 * GB  # what they take besides once they are at work
 GAPS = 0.1  # what an allocator holds beyond what is alive, as a share of the passes; on a GPU assumed, not measured
-GLIBC_GAPS = 0.6  # on a CPU, in the first update; the moments that AdamW then makes fill these gaps
 
 
 class Alive(TorchDispatchMode):
@@ -1277,7 +1276,7 @@ def memory_parts(model, score_head, prompt, args, device, here):
     if device != "cpu":
         parts += [("weights, before they are moved", "host", weights, ("loading",)),
                   ("what is saved", "host", weights + (0 if state == "host" else 4 * copied + 8 * count), ("saving a state",))]
-    gaps = lambda sizes: sizes[-1] + max(GAPS * sum(sizes), GLIBC_GAPS * sum(sizes) - 8 * count if device == "cpu" else 0)
+    gaps = lambda sizes: sizes[-1] + GAPS * sum(sizes)
     alike = min(lists, max(1, args.micro_batch // (K * G)))  # lists that share a pass, as in policy.micro_batches
     shape = (alike, min(K, -(-2 * args.micro_batch // G)), G)  # a third micro-batch of a list adds nothing to the second
     sizes = update_memory(model, score_head, shape, lengths, args.micro_batch, bool(args.gradient_checkpointing))
