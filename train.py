@@ -106,6 +106,7 @@ def parse_flags():
     g.add_argument("--lr", type=positive(float), help="of the language model in RL (tiny: 5e-5 or, ReRec, 1.5e-4; else 6e-6 or 5e-6)")
     g.add_argument("--head-lr", type=positive(float), help="of the score head in RL (tiny: 3e-4, else 3e-5)")
     g.add_argument("--warmup-steps", type=positive(zero=True), metavar="N", help="batches rolled out to fit the score head alone (tiny: 2, else 4)")
+    g.add_argument("--warmup-lr", type=positive(float), help="of that fit (1e-3; tiny with --facts: 1e-4)")
     g.add_argument("--sft-steps", type=positive(zero=True), metavar="N", help="cold-start steps (tiny: 400 or, ReRec, 550; with --teacher: 200; else 0)")
     g.add_argument("--sft-lists", type=positive(), metavar="N", help="lists a cold-start step, with up to 9 traces each (4), or requests, with 3 (8)")
     g.add_argument("--sft-lr", type=positive(float), help="of the cold start (tiny: 1e-3 or, ReRec, 1.5e-3; else 1e-5)")
@@ -165,7 +166,7 @@ def resumed_flags(parser, args):
     return args
 
 
-R2RANK_FLAGS = ("pl", "permutations", "credit", "head_lr", "warmup_steps", "no_reasoning", "eval_samples", "candidates", "save_candidates", "negatives",
+R2RANK_FLAGS = ("pl", "permutations", "credit", "head_lr", "warmup_steps", "warmup_lr", "no_reasoning", "eval_samples", "candidates", "save_candidates", "negatives",
                 "facts")
 REREC_FLAGS = ("query_kinds", "max_conditions", "num_queries", "reward_weights", "raae_penalty", "no_raae", "tau", "no_curriculum",
                "personalized", "list_length")
@@ -179,10 +180,11 @@ def check_method_flags(parser, args):
             raise InputError(f"--{name.replace('_', '-')} belongs to --method {other}; with --method {args.method} it has no effect, so drop it")
     rerec_run = args.method == "rerec"
     args.kl_coef = (0.01 if rerec_run else 0.0) if args.kl_coef is None else args.kl_coef
-    args.batch_lists = args.batch_lists or (16 if rerec_run else 4)
+    stated = args.model == "tiny" and args.facts  # a list costs little then: many lists, with few rationales each
+    args.batch_lists = args.batch_lists or (16 if rerec_run else 8 if stated else 4)
     args.sft_lists = args.sft_lists or (8 if rerec_run else 4)
     if not rerec_run:
-        args.group_size = args.group_size or 4
+        args.group_size = args.group_size or (2 if stated else 4)
         return
     if args.group_size == 1:
         raise InputError("--group-size 1: an advantage compares a response with others to the same request; give at least 2")
@@ -915,7 +917,7 @@ def warm_up(run, dataset, targets, args):
         hidden += gather([h.cpu() for h in rollout.lists(rollout.hidden.float())])
         relevance += gather(rollout.relevance)
     if hidden:
-        optimizer = torch.optim.AdamW(run.score_head.parameters(), lr=1e-3, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(run.score_head.parameters(), lr=args.warmup_lr, weight_decay=0.0)
         hidden = [h.to(run.model.device) for h in hidden]
         utility = r2r.fit_score_head(run.score_head, hidden, relevance, optimizer) if rank() == 0 else 0.0
         share_weights(run.score_head)
@@ -1409,8 +1411,11 @@ def fill_defaults(args, model, device):
         own = (("steps", 80, 200), ("lr", 1.5e-4, 5e-6), ("sft_steps", 550, 200 if args.teacher else 0), ("sft_lr", 1.5e-3, 1e-5),
                ("group_size", 8, 5), ("max_conditions", 2, 3), ("num_queries", 400, 2000))
     else:
-        own = (("steps", 30, 200), ("lr", 5e-5, 6e-6), ("head_lr", 3e-4, 3e-5), ("warmup_steps", 2, 4),
-               ("sft_steps", 400, 200 if args.teacher else 0), ("sft_lr", 1e-3, 1e-5))
+        # With facts a tiny model sees real data. There a fast head becomes certain (its scores run away), and certain lists teach nothing.
+        own = (("steps", 30, 200), ("lr", 5e-5, 6e-6), ("head_lr", 3e-4, 3e-5), ("warmup_steps", 2, 4), ("warmup_lr", 1e-3, 1e-3),
+               ("sft_steps", 400, 200 if args.teacher else 0), ("sft_lr", 1e-3, 1e-5)) if not args.facts else (
+               ("steps", 100, 200), ("lr", 1e-4, 6e-6), ("head_lr", 1e-4, 3e-5), ("warmup_steps", 10, 4), ("warmup_lr", 1e-4, 1e-3),
+               ("sft_steps", 200, 200 if args.teacher else 0), ("sft_lr", 1e-3, 1e-5))
     for name, small, large in own:
         if getattr(args, name) is None:  # adapters learn at ten times the rate
             setattr(args, name, small if tiny else large * (10 if args.lora and name in ("lr", "sft_lr") else 1))
