@@ -4,8 +4,8 @@ The prompts of one list differ only after the candidate begins, so a prompt is a
 list) and a *suffix* (candidate and assistant header, once a candidate), joined as token ids. Their concatenation is the
 same whether the prefix is shared or not, in sampling and in the update:
 
-    sampling   prefill the prefixes once a list and the suffixes once a candidate, give every row a copy of its keys and values,
-               let `generate` go on; shorter suffixes are padded *between* prefix and suffix
+    sampling   prefill the prefixes once a list and the suffixes once a candidate, let `generate` go on: each row attends to these
+               shared keys and to its own (`_Shared`); shorter suffixes are padded *between* prefix and suffix
     update     `SharedPrefix` runs the prefixes once with gradients; rows read its keys and values as detached leaves, a
                micro-batch at a time; `backward()` then sends what the leaves collected through the prefixes, once. Within a
                micro-batch the rows of one candidate (its G rationales) share one pass over its suffix, too
@@ -16,7 +16,8 @@ Equations (METHODS §1 "Gradient, rationale part"; PPO, arXiv 1707.06347; k3, ht
 
 Deviations and choices: (1) log-probabilities are those of the *sampling* distribution, temperature included; (2) dropout is
 set to 0 at loading, so that train and eval mode score alike; (3) the model's published generation defaults (top-p, penalties …)
-are put aside while sampling and saved again with the checkpoint.
+are put aside while sampling and saved again with the checkpoint; (4) a token is drawn by the cumulative distribution (`_Draw`), and
+`generate`, told to be greedy, takes it.
 """
 
 import contextlib

@@ -150,6 +150,8 @@ def resumed_flags(parser, args):
     given = vars(args)
     parser.set_defaults(**{k: v for k, v in recorded.items() if k in given})
     args = parser.parse_args()
+    if recorded.get("facts") and args.facts == "auto":  # given again without a value
+        args.facts = recorded["facts"]
     changed = {k: (v, getattr(args, k)) for k, v in recorded.items()
                if k not in ("out", "resume", "overwrite", "dry_run") and k in given and getattr(args, k) != v}
     refused = [f"--{k.replace('_', '-')} {old} -> {new}" for k, (old, new) in changed.items() if k not in MAY_CHANGE]
@@ -1268,14 +1270,15 @@ def memory_parts(model, score_head, prompt, args, device, here):
     of = lambda parameters: (sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters))
     trained = [p for p in itertools.chain(model.parameters(), score_head.parameters() if score_head else ()) if p.requires_grad]
     (total, weights), (count, _) = of(list(model.parameters())), of(trained)
-    copied, _ = of([p for p in trained if p.dtype != torch.float32 or args.offload_optimizer and device != "cpu"])
+    shards = world() if args.parallel == "fsdp" else 1
+    copied, _ = of([p for p in trained if p.dtype != torch.float32 or args.offload_optimizer and device != "cpu" or shards > 1])
     state = "host" if args.offload_optimizer else "device"
     training = ("sampling", "update", "saving a state")
     parts = [("Python, its libraries, the data", "host", here, (*training, "evaluation", "loading")),
              (f"weights: {total / 1e6:.1f}M", "device", weights, (*training, "evaluation")),
              ("frozen reference", "device", of([p for p in model.parameters() if p.requires_grad or not args.lora])[1] if args.kl_coef else 0, training),
              (f"gradients: {count / 1e6:.1f}M, float32", "device", 4 * count, ("update",)),
-             ("float32 copies of weights", state, 4 * copied, training), ("AdamW's two moments", state, 8 * count, training)]
+             ("float32 copies of weights", state, 4 * copied // shards, training), ("AdamW's two moments", state, 8 * count // shards, training)]
     if device != "cpu":
         parts += [("weights, before they are moved", "host", weights, ("loading",)),
                   ("what is saved", "host", weights + (0 if state == "host" else 4 * copied + 8 * count), ("saving a state",))]
@@ -1340,7 +1343,7 @@ def fit_memory(args, dataset, source, device, dtype):
         return parts, peaks(parts)["device"]
 
     chosen = {name: getattr(args, name) for name in ("gradient_checkpointing", "offload_optimizer")}
-    undecided = [name for name, on in chosen.items() if on is None and device.startswith("cuda")]
+    undecided = [name for name, on in chosen.items() if on is None and device.startswith("cuda") and (args.parallel, name) != ("fsdp", "offload_optimizer")]
     for n, on in ((n, on) for n in range(len(undecided) + 1) for on in itertools.combinations(undecided, n)):
         chosen |= {name: name in on for name in undecided}
         parts, (peak, phase) = estimate(chosen)

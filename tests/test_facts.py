@@ -136,3 +136,13 @@ def test_a_run_with_facts_and_its_evaluation(tmp_path):
     out = run("eval.py", "--run", folder, "--explain", 1).stdout
     assert json.loads((folder / "eval.json").read_text())["systems"]["rl"] == before and "[together " in out
     assert "--method rerec" in run("train.py", "--method", "rerec", "--facts", code=2).stderr
+
+
+def test_facts_asked_for_again_on_resume(tmp_path, monkeypatch):
+    """`--facts` without a value means what the run has; a run without facts gets none on the way."""
+    monkeypatch.setattr("sys.argv", ["train.py", "--resume", str(tmp_path), "--facts"])
+    (tmp_path / "config.json").write_text(json.dumps({"flags": {"facts": "only"}, "versions": {}}))
+    assert train.parse_flags().facts == "only"
+    (tmp_path / "config.json").write_text(json.dumps({"flags": {"facts": None}, "versions": {}}))
+    with pytest.raises(InputError, match="--facts None -> auto"):
+        train.parse_flags()

@@ -258,3 +258,9 @@ def test_what_a_card_needs_is_turned_on_and_no_more(toy, tokenizer, tmp_path, mo
     assert chosen(4, needed[0] + 0.1) == (False, False, "")
     assert chosen(4, needed[0] - 0.1)[:2] == (True, False)
     assert chosen(4, min(needed[1:3]) - 0.1)[:2] == (True, True)
+    # On four processes with --parallel fsdp three quarters of 12 bytes a parameter are elsewhere, and nothing is offloaded.
+    monkeypatch.setattr(train, "world", lambda: 4)
+    *on, printed = chosen(4, 0.1, "--parallel", "fsdp", "--no-gradient-checkpointing")
+    assert on == [False, None]
+    size = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path)).parameters())
+    assert needed[0] - float(printed.split()[1]) == pytest.approx(9 * size / train.GB, abs=0.15)
