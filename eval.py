@@ -221,7 +221,7 @@ def position_probe(score, examples, orders=5, seed=0):
 # A baseline is a function (users, histories) -> scores (B, I) of the whole catalogue, in the order of dataset.item_ids; histories
 # are lists of item numbers, oldest first. Lists and the whole catalogue are ranked by the same scores.
 
-BASELINES = ("random", "popularity", "title-overlap", "item-knn", "lightgcn", "sasrec")
+BASELINES = ("random", "popularity", "title-overlap", "item-knn", "lightgcn", "sasrec", "facts-linear")
 DECAYS = (1.0, 0.9, 0.8, 0.6, 0.4)  # weight of an item relative to the one after it
 
 
@@ -378,7 +378,8 @@ def fit_sasrec(num_items, sequences, evaluate=None, epochs=50, lr=1e-3, num_nega
 
 
 def fit_baselines(dataset, names=BASELINES, seed=0, num_validation=2000):
-    """Train what there is to train, on the training period alone, chosen on validation: {name: ranker}; `random` needs none."""
+    """Train what there is to train, on the training period alone, chosen on validation: {name: ranker}; `random` and
+    `facts-linear`, which rank lists alone, have none."""
     index = {i: n for n, i in enumerate(dataset.item_ids)}
     training = dataset.training()
     if not training:
@@ -419,6 +420,27 @@ def fit_baselines(dataset, names=BASELINES, seed=0, num_validation=2000):
                             evaluate=(lambda m: validate(lambda users, histories: m.scores(histories))) if targets else None)
             rankers[name] = lambda users, histories: sasrec.scores(histories)
     return rankers
+
+
+def facts_linear(dataset, examples, history_length=10, num_lists=2000, seed=0, decay=1e-4):
+    """What a linear model makes of `--facts`: multinomial logistic regression of the positive on the candidates' levels, one weight a level,
+    fitted on lists of training. It shows what a language model that is told the same adds. Scores of the examples: [(K,) …]."""
+    def levels(lists):  # (lists, K, facts): the number of each level's weight
+        return torch.tensor([[[10 * n + level for n, level in enumerate(c.facts.values())] for c in e.candidates] for e in lists])
+
+    lists = dataset.examples("train", num_lists, len(examples[0].candidates), history_length, seed)
+    rows, positive = levels(lists), torch.tensor([e.relevance.index(max(e.relevance)) for e in lists])
+    weights = torch.zeros(10 * rows.shape[-1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=500, tolerance_grad=1e-8, tolerance_change=1e-12, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = nn.functional.cross_entropy(weights[rows].sum(-1), positive) + decay * weights.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return [weights.detach()[levels([e])[0]].sum(-1).tolist() for e in examples]
 
 
 def baseline_scores(dataset, ranker, examples, batch=256):
@@ -1088,7 +1110,9 @@ def main():
         parser.set_defaults(**{k: v for k, v in flags.items() if k in vars(args) and k not in kept})
         args = parser.parse_args()
         args.model = str(checkpoint)
-    baselines = None if args.baselines is None else args.baselines or list(BASELINES)
+    baselines = None if args.baselines is None else args.baselines or [b for b in BASELINES if args.facts and not args.full or b != "facts-linear"]
+    if "facts-linear" in (baselines or ()) and (args.full or not args.facts):
+        raise InputError("--baselines facts-linear ranks lists by what --facts tells: add --facts, and leave out --full")
     if args.full and (args.run or args.model or not baselines):
         raise InputError("--full is for baselines alone: add --baselines, and leave out --run and --model")
     if args.full and (args.candidates or args.save_candidates or args.save_predictions):
@@ -1142,6 +1166,8 @@ def main():
     if baselines:
         rankers = fit_baselines(dataset, baselines, args.seed)
         scores |= {name: baseline_scores(dataset, ranker, examples) for name, ranker in rankers.items()}
+        if "facts-linear" in baselines:
+            scores["facts-linear"] = facts_linear(dataset, examples, args.history_length, seed=args.seed)
     if args.model:
         def score(lists, label="eval"):
             torch.manual_seed(args.seed)

@@ -7,8 +7,10 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 
 import data
+import eval as evaluation
 import policy
 import r2r
 import train
@@ -90,6 +92,25 @@ def test_facts_do_not_depend_on_the_other_candidates(shop):
         whole = [c.facts for c in e.candidates]
         assert [c.facts for c in shop.facts.beside(e.user, e.history, e.candidates[::-1])] == whole[::-1]
         assert [shop.facts.beside(e.user, e.history, [c])[0].facts for c in e.candidates] == whole
+
+
+def test_the_linear_baseline_is_the_regression(shop):
+    """Its scores, but for a constant a list, are those of Newton's method on dense one-hot rows; it never looks at relevance."""
+    examples, lists = shop.examples("test", 10, 8), shop.examples("train", 60, 8)
+    dense = lambda e: torch.tensor([[float(level == n) for level in c.facts.values() for n in range(10)] for c in e.candidates]).double()
+    rows, positive = torch.stack([dense(e) for e in lists]), torch.tensor([e.relevance.index(1.0) for e in lists])
+    w = torch.zeros(rows.shape[-1], dtype=torch.float64)
+    for _ in range(20):
+        p = (rows @ w).softmax(-1)
+        mean = torch.einsum("nk,nkf->nf", p, rows)
+        gradient = (mean - rows[range(len(lists)), positive]).mean(0) + 2e-2 * w
+        hessian = (torch.einsum("nk,nkf,nkg->fg", p, rows, rows) - mean.T @ mean) / len(lists) + 2e-2 * torch.eye(len(w))
+        w = w - torch.linalg.solve(hessian, gradient)
+    assert gradient.abs().max() < 1e-10
+    scores = evaluation.facts_linear(shop, [replace(e, relevance=None) for e in examples], num_lists=60, decay=1e-2)
+    for e, s in zip(examples, scores):
+        s, expected = torch.tensor(s).double(), dense(e) @ w
+        assert torch.allclose(s - s.mean(), expected - expected.mean(), atol=1e-4) and len(set(s.tolist())) > 1
 
 
 def test_prompts_and_traces_state_them(shop):
