@@ -503,20 +503,24 @@ def slice_table(dimensions, metric="ndcg@10"):
     return "\n".join(lines)
 
 
-def write_eval(path, name, examples, systems, keep_other_systems=False, renew=False, **more):
-    """Write eval.json. With keep_other_systems, what an earlier file holds on the very same lists stays in it; with renew, the result.json
-    of a finished run beside it takes all this up."""
-    path = Path(path)
-    ids = [(e.user, [h.id for h in e.history], [c.id for c in e.candidates], list(e.truths if hasattr(e, "truths") else e.relevance))
-           for e in examples]
-    lists = hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
-    report = {"data": name, "num_lists": len(examples), "lists": lists, "systems": systems, **more}
+def write_eval(path, name, examples, systems, values, keep_other_systems=False, renew=False, **more):
+    """Write eval.json. values: {system: {metric: value a list}}, for the paired differences between systems. With keep_other_systems, what an
+    earlier file holds on the very same lists stays in it; with renew, the result.json of a finished run beside it takes all this up."""
+    path, requests = Path(path), hasattr(examples[0], "truths")
+    metric, metrics = ("accuracy", rerec.METRICS) if requests else ("ndcg@10", METRICS)
+    users = [e.user or e.id if requests else e.user for e in examples]
+    ids = [(e.user, [h.id for h in e.history], [c.id for c in e.candidates], list(e.truths if requests else e.relevance)) for e in examples]
+    lists, number = hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16], {u: n for n, u in enumerate(dict.fromkeys(users))}
+    report = {"data": name, "num_lists": len(examples), "lists": lists, "systems": systems,
+              "differences": paired_differences(values, users, metrics), **more,
+              "users": [number[u] for u in users], "values": {system: v[metric] for system, v in values.items()}}
     if keep_other_systems and path.exists():
         with contextlib.suppress(ValueError, KeyError, TypeError):  # what --full wrote, or what is no report at all
             earlier = json.loads(path.read_text())
             if (earlier["data"], earlier["lists"]) == (name, lists):
                 report = earlier | {k: earlier.get(k, {}) | v if isinstance(v, dict) else v for k, v in report.items()}
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    text = json.dumps({k: v for k, v in report.items() if k not in ("users", "values")}, indent=1).removesuffix("\n}")
+    path.write_text(text + "".join(f",\n {json.dumps(k)}: {json.dumps(report[k])}" for k in ("users", "values")) + "\n}\n")
     if renew and path.name == "eval.json" and (path.parent / "result.json").exists():
         write_result(path.parent)
     return report["systems"]
@@ -566,6 +570,11 @@ def summarise_queries(queries, rows):
     return summary(range(len(queries))) | {"by_kind": split(lambda q: q.kind), "by_conditions": split(lambda q: str(q.num_conditions))}
 
 
+def by_metric(rows):
+    """{system: [{metric: value} a request]} -> {system: {metric: [value a request]}}"""
+    return {name: {m: [row[m] for row in r] for m in rerec.METRICS} for name, r in rows.items()}
+
+
 def query_table(systems):
     """Accuracy by kind and by number of conditions, a column a system; then NDCG@10, format and length."""
     lines = [f"{'accuracy (top-1)':<18} {'requests':>8}" + "".join(f" {name:>9}" for name in systems)]
@@ -593,7 +602,7 @@ def evaluate_rerec_run(args, flags, out, dataset, device, dtype):
     queries = source.draw("test", args.eval_lists)
     results = query_answers(model, tokenizer, queries, sampling_of(args), flags["personalized"], flags["list_length"])
     rows = {"random": rerec.random_metrics(queries, flags["list_length"], args.seed), "rl": [metrics for _, metrics in results]}
-    systems = write_eval(out, dataset.name, queries, {name: summarise_queries(queries, r) for name, r in rows.items()}, True,
+    systems = write_eval(out, dataset.name, queries, {name: summarise_queries(queries, r) for name, r in rows.items()}, by_metric(rows), True,
                          as_trained(args, flags))
     for n, (query, (text, metrics)) in enumerate(list(zip(queries, results))[:args.explain or 0]):
         print(f"\n=== request {n + 1} ({query.kind}): {query.text}")
@@ -749,9 +758,10 @@ def write_result(folder, seconds=None, processes=1):
     path, report = Path(folder) / "result.json", json.loads((Path(folder) / "eval.json").read_text())
     result = json.loads(path.read_text()) if seconds is None else describe_run(Path(folder), seconds, processes)
     result.pop("test_time", None)
-    result |= {k: report[k] for k in ("data", "num_lists", "lists", "systems", "test_time") if k in report}
+    result |= {k: report[k] for k in ("data", "num_lists", "lists", "systems", "test_time", "users") if k in report}
     result["differences"] = {pair: {m: v[m] for m in v if m == main_metric(result)} for pair, v in report.get("differences", {}).items()}
-    path.write_text("{" + ",".join(f"\n {json.dumps(k)}: {json.dumps(v)}" for k, v in rounded(result).items()) + "\n}\n")
+    result["values"] = {system: [round(x, 4) for x in v] for system, v in report.get("values", {}).items() if system != "random"}
+    path.write_text("{" + ",".join(f"\n {json.dumps(k)}: {json.dumps(v, separators=None if k != 'users' else (',', ':'))}" for k, v in rounded(result).items()) + "\n}\n")
 
 
 def as_trained(args, flags):
@@ -760,9 +770,11 @@ def as_trained(args, flags):
 
 
 def read_result(path):
-    """A run's result.json, given the run directory or the file. Raises InputError."""
+    """A run's result.json, given the run directory or the file; a copy named NAME-seedN.json is labelled NAME. Raises InputError."""
     try:
         result = json.loads((Path(path) / "result.json" if Path(path).is_dir() else Path(path)).read_text())
+        if (name := re.fullmatch(r"(.+)-seed\d+\.json", Path(path).name)):
+            result["label"] = name[1]
         main_metric(result), result["systems"]["rl"], result["curve"], result["lists"], result["seconds"]["all"], result["machine"]["gpu"]
         return result
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -770,8 +782,8 @@ def read_result(path):
 
 
 def configurations(results):
-    """Runs that differ in the seed alone, together: ({label: results}, notes). A label holds the flags that tell them apart, except for
-    the value that most have; of flags that change together the first, switches before others; the rest is noted."""
+    """Runs that differ in the seed alone, together: ({label: results}, notes). A label, where the files have none, holds the flags that tell
+    them apart, except for the value that most have; of flags that change together the first, switches before others; the rest is noted."""
     value = lambda r, k: json.dumps(r["flags"].get(k) or 0, separators=(",", ":"))  # 0, too: a switch that is off, or that an older run did not know
     column = {k: [value(r, k) for r in results] for k in dict.fromkeys(k for r in results for k in r["flags"]) if k not in SAME}
     together, groups = {}, {}
@@ -784,6 +796,10 @@ def configurations(results):
     for values, runs in groups.items():
         words = [k.replace("_", "-") + (" " + v.strip('"[]')) * (v != "true") for (k, *_), v, u in zip(together.values(), values, usual) if v != u]
         label = ", ".join(words) or {"r2rank": "R2Rank", "rerec": "ReRec"}[runs[0]["flags"]["method"]]
+        names = {r.get("label") for r in runs}
+        label = names.pop() or label if len(names) == 1 else label
+        if label in named:
+            raise InputError(f"--plot: runs called {label} have different flags; give them different names")
         named[label] = sorted(runs, key=lambda r: r["seed"])
         if len({r["seed"] for r in runs}) < len(runs):
             raise InputError(f"--plot: two runs of {label} have the same flags and the same seed; give one of them")
@@ -798,14 +814,31 @@ def over_seeds(found):
     return {**spread, "mean": mean, "values": values}
 
 
+def against(runs, others, system="rl"):
+    """The mean over lists and seeds of `system` of `others` minus `rl` of `runs`, on the lists that both have, and its 95% bootstrap over users:
+    of lists alone, since a seed's luck is in it as it is. None, where they have no list in common."""
+    columns = {}  # lists: ([values of one side], [of the other], users)
+    for side, group in enumerate((runs, others)):
+        for r in group:
+            if (system if side else "rl") in r.get("values", {}):
+                columns.setdefault(r["lists"], ([], [], r["users"]))[side].append(r["values"][system if side else "rl"])
+    mean = lambda rows: [sum(values) / len(rows) for values in zip(*rows)]
+    shared = {name: (a, b, users) for name, (a, b, users) in columns.items() if a and b}
+    if shared:
+        return interval([y - x for a, b, _ in shared.values() for x, y in zip(mean(a), mean(b))],
+                        [(name, u) for name, (_, _, users) in shared.items() for u in users])
+
+
 def summarise_results(results):
-    """Blocks of runs on like lists: [{"title", "columns", "runs": {label: results}, "rows": {label or baseline: {column: over_seeds}},
-    "test_time": {label: …}, "notes"}]; the first column is the main metric."""
+    """Blocks of runs on like lists: [{"title", "columns", "first", "runs": {label: results}, "rows": {label or baseline: {column: over_seeds}},
+    "test_time": {label: …}, "notes"}]; the first column is the main metric, `against` the paired difference to the configuration `first`."""
     blocks, summaries = {}, []
     for r in results:
         blocks.setdefault(json.dumps([r["data"], r["num_lists"], *(r["flags"].get(k) or 0 for k in LISTS)]), []).append(r)
     for block in blocks.values():
         (runs, notes), metric, kinds = configurations(block), main_metric(block[0]), list(block[0]["systems"]["rl"].get("by_kind", ()))
+        first = next((label for label in runs if label.lower() in ("r2rank", "rerec")), next(iter(runs)))
+        runs = {first: runs[first]} | runs  # in front
         value = lambda system, column: system["by_kind"][column][metric] if column in kinds else system[column]
         columns = [metric, *(kinds or ("hr@1", "hr@10", "mrr"))]
         rows, lists, thinking = {}, {}, {}
@@ -825,24 +858,32 @@ def summarise_results(results):
             lists.setdefault(r["lists"], {}).update(r["systems"])
         for name in dict.fromkeys(s for systems in lists.values() for s in systems if s not in ("rl", "sft", "zero-shot")):
             rows[name] = {c: over_seeds([value(systems[name], c) for systems in lists.values() if name in systems]) for c in columns}
+        for name in rows:
+            if name != first and (found := against(runs[first], *((runs[name],) if name in runs else (block, name)))):
+                rows[name]["against"] = found
         if len(lists) > len({r["seed"] for r in block}):
             notes.append("runs of one seed were evaluated on different lists: do not compare them")
         machines = Counter("{gpu}, {processor}, {cores} core(s), {threads} thread(s), {processes} process(es)".format(**r["machine"]).removeprefix("None, ") for r in block)
         notes += [f"{n} run(s) on {machine}" for machine, n in machines.items()]
         title = f"{block[0]['data']}: {block[0]['num_lists']} {'requests' if kinds else 'lists'} of {block[0]['flags']['num_candidates']} candidates"
-        summaries.append({"title": title, "columns": columns, "runs": runs, "rows": rows, "test_time": thinking, "notes": notes})
+        summaries.append({"title": title, "columns": columns, "first": first, "runs": runs, "rows": rows, "test_time": thinking, "notes": notes})
     return summaries
 
 
 def result_table(block):
-    """A row a configuration or baseline, means over seeds: the main metric, its deviation and range; the others; seconds; paired gain."""
+    """A row a configuration or baseline, means over seeds: the main metric, its deviation and range, paired difference to the first
+    configuration; the others; seconds; paired gain over the model before RL."""
     metric, *others = block["columns"]
     width = max(12, *map(len, block["rows"]))
     spread = lambda v: f"{'± %.3f' % v['sd'] if 'sd' in v else '':>7} [{v['low']:.3f}, {v['high']:.3f}]"
+    paired = any("against" in row for row in block["rows"].values())
     lines = [f"{block['title']}; means over seeds ± standard deviation [range]; of one seed [95% interval]",
-             f"{'':<{width}} seeds {metric:>8} {'':>22} " + "".join(f" {m:>11}" for m in others) + "  seconds  before   gain"]
+             f"{'':<{width}} seeds {metric:>8} {'':>22} " + f" {'- ' + block['first'] + ', paired':<23}" * paired + "".join(f" {m:>11}" for m in others) +
+             "  seconds  before   gain"]
     for label, row in block["rows"].items():
-        line = f"{label:<{width}} {len(row[metric]['values']):5d} {row[metric]['mean']:8.3f} {spread(row[metric])} " + "".join(f" {row[m]['mean']:11.3f}" for m in others)
+        line = f"{label:<{width}} {len(row[metric]['values']):5d} {row[metric]['mean']:8.3f} {spread(row[metric])} "
+        v = row.get("against")
+        line += f" {'%+.3f [%+.3f, %+.3f]' % (v['mean'], v['low'], v['high']) if v else '':<23}" * paired + "".join(f" {row[m]['mean']:11.3f}" for m in others)
         line += f" {row['seconds']['mean']:8.0f}" if "seconds" in row else ""
         lines.append(line + (f" {row['before']['mean']:7.3f} {row['gain']['mean']:+6.3f} {spread(row['gain'])}" if "gain" in row else ""))
     thinking = [f"\n{label}\n{test_time_table(rows)}" for label, rows in block["test_time"].items() if rows]
@@ -1182,8 +1223,8 @@ def main():
             more["position_probe"] = {name: position_probe(lambda lists: [s for s, _ in score(lists, "probe")], examples, args.probe_orders, args.seed)}
     evaluated = {name: evaluate(s, examples) for name, s in scores.items()}
     values, users = {name: v for name, (_, v) in evaluated.items()}, [e.user for e in examples]
-    more |= {"differences": paired_differences(values, users), "slices": slices(values, examples, counts)}
-    systems = write_eval(out, dataset.name, examples, {name: s for name, (s, _) in evaluated.items()}, bool(args.run),
+    more["slices"] = slices(values, examples, counts)
+    systems = write_eval(out, dataset.name, examples, {name: s for name, (s, _) in evaluated.items()}, values, bool(args.run),
                          bool(args.run) and as_trained(args, flags), **more)
     if args.save_predictions:
         save_predictions(args.save_predictions, examples, scores)

@@ -1042,10 +1042,9 @@ def train_r2rank(run, dataset, args, device, dtype, rng):
         return
 
     results = {name: evaluation.evaluate(s, examples) for name, s in (scores | run.results).items()}
-    users = [e.user for e in examples]
-    systems = evaluation.write_eval(run.folder / "eval.json", dataset.name, examples, {name: r[0] for name, r in results.items()},
-                                    differences=evaluation.paired_differences({name: r[1] for name, r in results.items()}, users))
-    gain = evaluation.difference(results["rl"][1]["ndcg@10"], results[before][1]["ndcg@10"], users)
+    values = {name: r[1] for name, r in results.items()}
+    systems = evaluation.write_eval(run.folder / "eval.json", dataset.name, examples, {name: r[0] for name, r in results.items()}, values)
+    gain = evaluation.difference(values["rl"]["ndcg@10"], values[before]["ndcg@10"], [e.user for e in examples])
     print(f"\n{len(examples)} held-out lists of {len(examples[0].candidates)} candidates\n{evaluation.table(systems)}\n"
           f"rl - {before}, paired: {gain} NDCG@10")
 
@@ -1156,10 +1155,9 @@ def train_rerec(run, dataset, source, args, rng):
         return
     rows |= run.results
     systems = {name: evaluation.summarise_queries(tests, r) for name, r in rows.items()}
-    values, users = {name: {m: [row[m] for row in r] for m in rerec.METRICS} for name, r in rows.items()}, [q.user or q.id for q in tests]
-    systems = evaluation.write_eval(run.folder / "eval.json", dataset.name, tests, systems,
-                                    differences=evaluation.paired_differences(values, users, rerec.METRICS))
-    gain = evaluation.difference(values["rl"]["accuracy"], values[before]["accuracy"], users)
+    values = evaluation.by_metric(rows)
+    systems = evaluation.write_eval(run.folder / "eval.json", dataset.name, tests, systems, values)
+    gain = evaluation.difference(values["rl"]["accuracy"], values[before]["accuracy"], [q.user or q.id for q in tests])
     print(f"\n{len(tests)} held-out requests, {args.num_candidates} candidates each\n{evaluation.query_table(systems)}\n"
           f"rl - {before}, paired: {gain} accuracy")
 

@@ -59,6 +59,32 @@ def test_labels_hold_what_tells_configurations_apart():
         label(fake(0.5), fake(0.6))
 
 
+def test_configurations_and_baselines_are_compared_on_the_same_lists():
+    """Means of the seeds, list by list, where the lists are the same; bootstrap over users. A list that only one side has counts nowhere."""
+    values = lambda **systems: {"values": systems, "users": [0, 0, 1, 2]}
+    own, users = [[0.5, 0.2, 0.9, 0.1], [0.3, 0.4, 0.7, 0.3]], [("L", 0), ("L", 0), ("L", 1), ("L", 2)]
+    other, sasrec = [0.6, 0.6, 0.2, 0.2], [0.0, 0.1, 0.2, 0.3]
+    results = [fake(0.5, n, lists="L") | values(rl=v, **({"sasrec": sasrec} if n else {})) for n, v in enumerate(own)]
+    results[1]["systems"]["sasrec"] = results[1]["systems"]["random"]
+    results += [fake(0.5, 0, lists="L", credit="list") | values(rl=other), fake(0.5, 2, credit="list") | values(rl=[9.0] * 4)]
+    (block,) = evaluation.summarise_results([r | {"label": "list" if r["flags"]["credit"] == "list" else "r2rank"} for r in results[::-1]])
+    assert block["first"] == list(block["runs"])[0] == "r2rank"
+    mean = [0.4, 0.3, 0.8, 0.2]
+    assert block["rows"]["list"]["against"] == pytest.approx(evaluation.interval([o - m for o, m in zip(other, mean)], users))
+    assert block["rows"]["sasrec"]["against"] == pytest.approx(evaluation.interval([o - m for o, m in zip(sasrec, mean)], users))
+    assert "against" not in block["rows"]["r2rank"] and "against" not in block["rows"]["random"]
+    assert "-0.025 [" in evaluation.result_table(block) and "- r2rank, paired" in evaluation.result_table(block)
+
+
+def test_copies_are_labelled_by_their_names(tmp_path):
+    for name, flags in (("plain-seed0", {"credit": "list"}), ("plain-seed1", {"credit": "list"}), ("other", {})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(fake(0.5, int(name[-1]) if name[-1].isdigit() else 0, **flags)))
+    results = [evaluation.read_result(p) for p in sorted(tmp_path.iterdir())]
+    assert list(evaluation.configurations(results)[0]) == ["credit item", "plain"]
+    with pytest.raises(InputError, match="plain"):
+        evaluation.configurations(results[1:] + [fake(0.5, credit="item") | {"label": "plain"}])
+
+
 def test_only_runs_on_like_lists_stand_in_one_table():
     blocks = evaluation.summarise_results([fake(0.5), fake(0.5, num_candidates=50), fake(0.6, 1)])
     assert [list(b["runs"]) for b in blocks] == [["R2Rank"], ["R2Rank"]] and len(blocks[0]["runs"]["R2Rank"]) == 2
@@ -103,14 +129,18 @@ def test_a_run_directory_becomes_a_result(folder):
 def test_what_stays_in_a_report_is_on_the_same_lists(folder, toy):
     evaluation.write_result(folder, 1.0)
     examples, system = toy.examples("test", 3), {"ndcg@10": interval(0.5)}
-    write = lambda lists, names, **more: evaluation.write_eval(folder / "eval.json", "toy", lists, dict.fromkeys(names, system), True, True, **more)
+    values = {m: [0.12344, 1.0, 0.0] for m in evaluation.METRICS}
+    write = lambda lists, names, **more: evaluation.write_eval(folder / "eval.json", "toy", lists, dict.fromkeys(names, system),
+                                                               {name: {m: v[:len(lists)] for m, v in values.items()} for name in names}, True, True, **more)
     write(examples, ["random", "sft", "rl"], test_time={"rationales": [1]})
-    write(examples, ["random", "rl"], test_time={"length": [2]}, differences={"rl - random": system})
+    write(examples, ["random", "rl"], test_time={"length": [2]})
     result = json.loads((folder / "result.json").read_text())
     assert list(result["systems"]) == ["random", "sft", "rl"] and result["test_time"] == {"rationales": [1], "length": [2]}
-    write(examples[:2], ["random", "rl"])
+    assert result["values"] == {"sft": [0.1234, 1.0, 0.0], "rl": [0.1234, 1.0, 0.0]} and len(result["users"]) == 3
+    assert set(result["differences"]) == {"sft - random", "rl - random", "rl - sft"} and list(result["differences"]["rl - sft"]) == ["ndcg@10"]
+    write(examples[:2], ["rl"])
     result = json.loads((folder / "result.json").read_text())
-    assert list(result["systems"]) == ["random", "rl"] and "test_time" not in result and result["num_lists"] == 2 and result["differences"] == {}
+    assert list(result["systems"]) == ["rl"] and "test_time" not in result and result["num_lists"] == 2 and result["differences"] == {}
     assert result["seconds"]["all"] == 1.0
 
 
