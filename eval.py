@@ -18,6 +18,7 @@ Baselines (`fit_baselines`) learn from the training period alone and are chosen 
     item-knn              cosine of co-occurrence with the items of the history, likewise
     lightgcn              rewards.LightGCN, BPR; a user without training interactions is the mean of the history's items
     sasrec                SASRec below
+    facts-linear          with --facts: logistic regression on the levels that the model is told, fitted on lists of training
 
 Choices of ours: `--full` leaves out what the user had before the target, and gives the baselines the whole sequence before it; on
 lists they see what the language model sees, the last --history-length interactions.

@@ -91,6 +91,8 @@ def parse_flags():
     g.add_argument("--reward-weights", metavar="W1,W2", help="of query alignment and preference alignment (0.01,0.01)")
     g.add_argument("--raae-penalty", type=positive(float, zero=True), metavar="W", help="taken off a wrong paragraph's reward, as a share of it (0.3)")
     g.add_argument("--no-raae", action="store_true", help="all tokens of a response have its reward")
+    g.add_argument("--min-std", type=positive(float, zero=True), default=0.0, metavar="S", help="smallest standard deviation that a group's advantages are divided by, "
+                   "such as 0.2: without a right answer small rewards then stay small (0, as published)")
     g.add_argument("--tau", type=positive(float, zero=True), help="the next epoch drops requests easier than that (0.1)")
     g.add_argument("--no-curriculum", action="store_true", help="every epoch holds all requests, shuffled")
     g.add_argument("--personalized", action="store_true", help="show the user's history in the prompt")
@@ -171,7 +173,7 @@ def resumed_flags(parser, args):
 
 R2RANK_FLAGS = ("pl", "permutations", "credit", "head_lr", "warmup_steps", "warmup_lr", "no_reasoning", "eval_samples", "candidates", "save_candidates", "negatives",
                 "facts")
-REREC_FLAGS = ("query_kinds", "max_conditions", "num_queries", "reward_weights", "raae_penalty", "no_raae", "tau", "no_curriculum",
+REREC_FLAGS = ("query_kinds", "max_conditions", "num_queries", "reward_weights", "raae_penalty", "no_raae", "min_std", "tau", "no_curriculum",
                "personalized", "list_length")
 
 
@@ -1088,7 +1090,7 @@ def train_queries(run, queue, queries, graph, embeddings, args):
         rollout = with_room(run, lambda: rerec.generate(model, tokenizer, [queries[i] for i in part(batch)], args.group_size,
                                                         evaluation.sampling_of(args), args.personalized, args.list_length))
         sampled = time.perf_counter()
-        rerec.judge(tokenizer, rollout, graph, embeddings, args.reward_weights, args.raae_penalty, args.list_length)
+        rerec.judge(tokenizer, rollout, graph, embeddings, args.reward_weights, args.raae_penalty, args.list_length, args.min_std)
         # One update a rollout takes the old log-probabilities from its own forward pass.
         with_room(run, lambda: rerec.score(model if args.ppo_epochs > 1 else None, rollout, args.temperature, args.micro_batch, share, reference))
         scored = time.perf_counter()

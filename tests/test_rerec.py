@@ -291,6 +291,14 @@ def test_token_offsets_of_broken_bytes_and_long_texts(tokenizer):
         assert all(y[0] in x for x, y in zip(offsets, offsets[1:]))  # each begins where the last began or ended
 
 
+def test_without_a_right_answer_small_rewards_stay_small():
+    """Responses that differ in 0.002 of alignment: as strong as right against wrong as published, a hundredth of it with a floor."""
+    mask, r = torch.ones(2, 3, dtype=torch.bool), torch.tensor([[0.05] * 3, [0.052] * 3])
+    assert rerec.group_advantages(r, mask).abs().max() > 0.99 and rerec.group_advantages(r, mask, 0.2).abs().max() == pytest.approx(0.005, rel=1e-3)
+    right = torch.tensor([[0.05] * 3, [1.05] * 3])
+    assert torch.equal(rerec.group_advantages(right, mask, 0.2), rerec.group_advantages(right, mask))
+
+
 def test_group_advantages_by_brute_force():
     generator = torch.Generator().manual_seed(0)
     r = torch.randn(5, 9, generator=generator)
@@ -303,6 +311,8 @@ def test_group_advantages_by_brute_force():
     torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
     torch.testing.assert_close(rerec.group_advantages(torch.nn.functional.pad(r, (0, 3), value=9.0), torch.nn.functional.pad(mask, (0, 3))),
                                torch.nn.functional.pad(got, (0, 3)))  # padding changes nothing
+    torch.testing.assert_close(rerec.group_advantages(r, mask, 2 * std), want * (std + 1e-6) / (2 * std + 1e-6), atol=1e-6, rtol=0)
+    assert torch.equal(rerec.group_advantages(r, mask, std / 2), got)
     assert not rerec.group_advantages(torch.full((4, 3), 1.07), torch.ones(4, 3, dtype=torch.bool)).any()
     assert not rerec.group_advantages(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool)).any()
 

@@ -1,8 +1,10 @@
 """result.json, tables over seeds, figures, and test-time reasoning: against hand-computed values and independent re-scoring."""
 
 import json
+import re
 import shutil
 import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -249,3 +251,43 @@ def test_contradictions_are_refused(capsys, monkeypatch, flags, words):
     with pytest.raises(SystemExit) as error:
         evaluation.run_main(evaluation.main)
     assert error.value.code == 2 and words in capsys.readouterr().err
+
+
+# --- what the documents say ------------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = sorted(p for p in (ROOT / "results").iterdir() if p.is_dir())
+
+
+def stored(folder):
+    return evaluation.summarise_results([evaluation.read_result(p) for p in sorted((ROOT / "results" / folder).glob("*.json"))])
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
+def test_written_tables_are_those_of_the_stored_results(folder):
+    text = (ROOT / "results" / "README.md").read_text()
+    for block in stored(folder.name):
+        assert evaluation.result_table(block) in text
+
+
+def test_the_readme_has_no_number_that_no_result_holds():
+    """Its tables line by line; what else it says with three decimals stands in a table of the stored results."""
+    systems = lambda *parts: json.loads((ROOT / "results").joinpath(*parts).read_text())
+    tables = [evaluation.result_table(block) for folder in FOLDERS for block in stored(folder)]
+    tables += [evaluation.table(systems("toy", "r2rank-seed0.json")["systems"]), evaluation.query_table(systems("toy-rerec", "rerec-seed0.json")["systems"])]
+    tables += [evaluation.table(systems("baselines-beauty.json")["systems"], ("ndcg@10", "hr@1", "hr@5", "hr@10", "mrr", "rank")),
+               evaluation.table(systems("baselines-beauty-full.json")["full"], ("ndcg@10", "hr@1", "hr@5", "hr@10", "hr@20", "mrr", "rank"))]
+    gain = systems("toy", "r2rank-seed0.json")["differences"]["rl - sft"]["ndcg@10"], systems("toy-rerec", "rerec-seed0.json")["differences"]["rl - sft"]["accuracy"]
+    tables += ["rl - sft, paired: {mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**g) for g in gain]
+    lines = {line.strip() for table in tables for line in table.splitlines()}
+    numbers = {x.lstrip("+-") for line in lines for x in re.findall(r"[+-]?\d+\.\d{3}\b", line)}
+    values = [v for folder in FOLDERS for block in stored(folder) for row in block["rows"].values() for c in row.values() for v in c.get("values", ())]
+    numbers |= {f"{v:.3f}" for v in values}
+    readme = (ROOT / "README.md").read_text()
+    for n, block in enumerate(readme.split("```")):
+        for line in block.splitlines():
+            found = re.findall(r"(?<![\d.])\d+\.\d{3}\b", line)
+            if n % 2 and len(found) > 2:
+                assert any(line.strip().startswith(known) or known == line.strip() for known in lines if known), line
+            else:
+                assert set(found) <= numbers, line
