@@ -866,7 +866,8 @@ def summarise_results(results):
             notes.append("runs of one seed were evaluated on different lists: do not compare them")
         machines = Counter("{gpu}, {processor}, {cores} core(s), {threads} thread(s), {processes} process(es)".format(**r["machine"]).removeprefix("None, ") for r in block)
         notes += [f"{n} run(s) on {machine}" for machine, n in machines.items()]
-        title = f"{block[0]['data']}: {block[0]['num_lists']} {'requests' if kinds else 'lists'} of {block[0]['flags']['num_candidates']} candidates"
+        title = f"{block[0]['data']}: {block[0]['num_lists']} {'requests' if kinds else 'lists'} of " + (
+            block[0]["flags"].get("candidates") or f"{block[0]['flags']['num_candidates']} candidates")
         summaries.append({"title": title, "columns": columns, "first": first, "runs": runs, "rows": rows, "test_time": thinking, "notes": notes})
     return summaries
 
