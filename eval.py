@@ -762,7 +762,7 @@ def write_result(folder, seconds=None, processes=1):
     result |= {k: report[k] for k in ("data", "num_lists", "lists", "systems", "test_time", "users") if k in report}
     result["differences"] = {pair: {m: v[m] for m in v if m == main_metric(result)} for pair, v in report.get("differences", {}).items()}
     result["values"] = {system: [round(x, 4) for x in v] for system, v in report.get("values", {}).items() if system != "random"}
-    path.write_text("{" + ",".join(f"\n {json.dumps(k)}: {json.dumps(v, separators=None if k != 'users' else (',', ':'))}" for k, v in rounded(result).items()) + "\n}\n")
+    path.write_text("{" + ",".join(f"\n {json.dumps(k)}: {json.dumps(v)}" for k, v in rounded(result).items()) + "\n}\n")
 
 
 def as_trained(args, flags):

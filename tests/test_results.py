@@ -245,6 +245,7 @@ def test_test_time_rows_are_those_of_independent_scoring(model, tokenizer, score
     (["--plot", "r", "--run", "r"], "drop --run"), (["--plot", "r", "--seed", "3"], "drop --seed"), (["--plot", "nowhere"], "--plot nowhere"),
     (["--test-time", "1,2", "--baselines", "random"], "--run"), (["--test-time", "0,2"], "above 0"), (["--test-lengths", "x"], "--test-lengths"),
     (["--test-time", "2", "--model", "tiny", "--no-reasoning"], "without reasoning"),
+    (["--baselines", "facts-linear"], "add --facts"),
 ])
 def test_contradictions_are_refused(capsys, monkeypatch, flags, words):
     monkeypatch.setattr(sys, "argv", ["eval.py", *flags])
