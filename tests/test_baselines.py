@@ -27,12 +27,13 @@ def test_propagation_and_its_gradient_are_those_of_the_dense_matrix(layers):
     assert users.shape == (4, 6) and items.shape == (5, 6)
     weight = model.embedding.detach().clone().requires_grad_()
     expected = dense_propagation(weight, 4, 5, PAIRS, layers)
-    torch.testing.assert_close(torch.cat([users, items]), expected, rtol=1e-6, atol=1e-8)  # A_hat itself is held in float32
+    near = {"rtol": 1e-5, "atol": 1e-6}  # A_hat itself is held in float32
+    torch.testing.assert_close(torch.cat([users, items]), expected, **near)
     torch.testing.assert_close(users[2], model.embedding[2] / (layers + 1))  # isolated: its own share of the mean, no NaN
     direction = torch.randn_like(expected)
     (torch.cat([users, items]) * direction).sum().backward()
     (expected * direction).sum().backward()
-    torch.testing.assert_close(model.embedding.grad, weight.grad, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(model.embedding.grad, weight.grad, **near)
 
 
 def blocks():
