@@ -896,6 +896,7 @@ def plot_results(blocks, out):
     """Learning curves, final metrics and, where measured, test-time reasoning: a row of panels a block. Raises InputError without matplotlib."""
     try:
         import matplotlib
+        from matplotlib.colors import to_rgba
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("--plot needs matplotlib for its figure: pip install matplotlib") from None
@@ -906,7 +907,7 @@ def plot_results(blocks, out):
         heights = [max(3.2, 0.9 + 0.24 * len(block["rows"])) for block in blocks]
         figure = Figure((4.8 * panels, sum(heights)), layout="constrained")
         for block, axes in zip(blocks, figure.subplots(len(blocks), panels, squeeze=False, height_ratios=heights)):
-            colours = dict(zip(block["runs"], itertools.cycle(COLOURS)))
+            colours = dict(zip(block["runs"], itertools.cycle(to_rgba(c, alpha) for alpha in (1, 0.5) for c in COLOURS)))
             plot_curves(axes[0], block, colours)
             plot_bars(axes[1], block, colours)
             if any(block["test_time"].values()):
@@ -956,7 +957,7 @@ def plot_bars(axes, block, colours):
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_title(f"{'accuracy' if metric == 'accuracy' else 'NDCG@10'} on test {'requests' if metric == 'accuracy' else 'lists'}")
-    axes.set_xlabel("line: range of the seeds (dots), of one seed its 95% interval; white: before RL", fontsize=7)
+    axes.set_xlabel("dots: seeds (of one seed: its 95% interval); white: before RL", fontsize=7)
 
 
 def plot_test_time(axes, block, colours):
