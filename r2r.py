@@ -33,6 +33,7 @@ Deviations and choices (the papers' text leaves them open unless said otherwise)
 import copy
 import functools
 import math
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -440,7 +441,7 @@ def score_lists(model, tokenizer, score_head, lists, sampling, num_samples=1, mi
 
 def answer_log_odds(model, tokenizer, rollout, micro_batch=32, share_prefix=True):
     """log p(yes) - log p(no) after each rationale, (N,). A rationale that never came to its answer is asked for it."""
-    contexts, endings = [], {"yes": [], "no": []}
+    contexts, words = [], {"yes": [], "no": []}
     for suffix, ids in zip(rollout.suffixes, rollout.responses):
         text = tokenizer.decode(ids, skip_special_tokens=True)
         cut = text.find("<answer>")
@@ -452,11 +453,18 @@ def answer_log_odds(model, tokenizer, rollout, micro_batch=32, share_prefix=True
         if end and ids[end - 1] in tokenizer.all_special_ids:
             end -= 1
         ask = text[len(tokenizer.decode(ids[:end], skip_special_tokens=True)):cut] + ask
-        contexts.append(suffix + ids[:end])
-        for word in endings:  # the tokens before the word are the same in both, so they cancel in the difference
-            endings[word].append(tokenizer(f"{ask}<answer>{word}", add_special_tokens=False).input_ids)
-    yes, no = (policy.all_logprobs(model, rollout.prefixes, rollout.owner, contexts, endings[word], 1.0, micro_batch,
-                                   share_prefix)[0].sum(-1) for word in ("yes", "no"))
+        endings = [tokenizer(f"{ask}<answer>{word}", add_special_tokens=False).input_ids for word in words]
+        common = len(os.path.commonprefix(endings))
+        contexts.append(suffix + ids[:end] + endings[0][:common])
+        for word, ending in zip(words, endings):
+            words[word].append(ending[common:])
+    rows = (model, rollout.prefixes, rollout.owner, contexts)
+    if all(len(ending) == 1 for endings in words.values() for ending in endings):  # one pass tells both
+        *_, hidden = policy.all_logprobs(*rows, [[]] * len(contexts), 1.0, micro_batch, share_prefix)
+        tokens = torch.tensor([words["yes"], words["no"]], dtype=torch.long, device=hidden.device).squeeze(-1).T  # (N, 2)
+        return torch.cat([model.get_output_embeddings()(h).float().gather(1, t).diff(dim=1).neg().squeeze(1)
+                          for h, t in zip(hidden.split(micro_batch), tokens.split(micro_batch))])
+    yes, no = (policy.all_logprobs(*rows, endings, 1.0, micro_batch, share_prefix)[0].sum(-1) for endings in words.values())
     return yes - no
 
 

@@ -152,11 +152,15 @@ def test_without_reasoning_the_head_reads_the_prompt(model, tokenizer, toy):
         assert r.rationale == "" and r.score == pytest.approx(want.item(), abs=1e-4)
 
 
-def test_zero_shot_score_is_the_log_odds_at_the_answer(model, tokenizer, toy):
-    """Whether the rationale came to its answer (then what it answered does not count), or never did."""
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_zero_shot_score_is_the_log_odds_at_the_answer(model, tokenizer, toy, one_pass):
+    """Whether the rationale came to its answer (then what it answered does not count), or never did; both words in one pass, or a pass each."""
+    if not one_pass:  # a tokenizer that has seen no answers
+        model, tokenizer = policy.load("tiny", "cpu", torch.float32, toy.texts(), 0)
+    encode = lambda s: tokenizer(s, add_special_tokens=False).input_ids
+    assert [len(encode(f"<answer>{word}")) for word in ("yes", "no")] == ([2, 2] if one_pass else [4, 2])
     e = toy.examples("test", 1)[0]
     prompt = r2r.build_prompt(tokenizer, e.history, e.candidates[:3])
-    encode = lambda s: tokenizer(s, add_special_tokens=False).input_ids
     end = tokenizer.eos_token_id
     responses = [encode("I think rose.\n<answer>yes</answer>") + [end], encode("I think rose.\n<answer>no</answer>"), encode("I think") + [end]]
     rollout = r2r.Rollout([prompt], [torch.zeros(3)], 1, responses)
