@@ -283,6 +283,30 @@ class Facts:
         return result
 
 
+@dataclass(frozen=True)
+class Scorecard:
+    """Points of each fact's level, and the total from which on the evidence speaks for a candidate. See `fit_scorecard`."""
+
+    points: dict[str, list[int]]
+    threshold: int
+
+
+def fit_scorecard(dataset, num_lists=1000, num_candidates=20, history_length=10, nat=2):
+    """Weights of evidence of the dataset's facts: log P(level | chosen) / P(level | not chosen) over lists of training, each level
+    seen once more than it was. Points: what a weight has beyond its fact's level 0, `nat` a unit; less than that counts as nothing."""
+    seen = [Counter(), Counter()]  # of the candidates not chosen, chosen
+    for e in dataset.examples("train", num_lists, num_candidates, history_length):
+        for item, relevance in zip(e.candidates, e.relevance):
+            seen[relevance > 0].update(item.facts.items())
+    points, nothing = {}, 0.0  # the log-odds (prior aside) of a candidate of which nothing is known
+    for name in dataset.facts.names:
+        no, yes = ([count[name, level] + 1 for level in range(10)] for count in seen)
+        weights = [math.log(y / sum(yes)) - math.log(n / sum(no)) for y, n in zip(yes, no)]
+        points[name] = [max(0, round(nat * (w - weights[0]))) for w in weights]
+        nothing += weights[0]
+    return Scorecard(points, math.ceil(-nat * nothing))
+
+
 def _words(item):
     return re.findall(r"\w+", item.title.lower())
 

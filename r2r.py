@@ -20,8 +20,9 @@ Deviations and choices (the papers' text leaves them open unless said otherwise)
   4. Nothing in a prompt depends on the other candidates, and rows are processed in an order of their own: scores do not
      depend on the order of the candidates, to the last bit when rationales are greedy.
   5. The built-in template teacher is deliberately hasty (it counts all the evidence and judges by the first attribute), and its
-     traces are kept when wrong: the cold start teaches format and evidence, reinforcement learning the judgement. Traces of
-     a real teacher (`--teacher`) are kept only when their answer equals the label.
+     traces are kept when wrong: the cold start teaches format and evidence, reinforcement learning the judgement. With --facts there
+     is a careful one (`--teacher tally`, which adds up weights of evidence). Traces of a real teacher are kept only when their
+     answer equals the label.
   6. The instruction stands in the system message, so before the history: the suffix is the candidate alone, a third as long as
      with the instruction behind it.
   7. A warm-up fits the head alone, on stored rationales, before the backbone learns from its credit (`fit_score_head`).
@@ -91,6 +92,20 @@ def template_trace(history, candidate, reasoning=True):
     evidence = facts_text(candidate).strip() or ", ".join(f"{claim} {n}" for claim, n in counts.items()) or "nothing known"
     answer = f"<answer>{'yes' if yes else 'no'}</answer>"
     return (f"In the history: {evidence}.\n{answer}" if reasoning else answer), yes
+
+
+def tally_trace(candidate, scorecard, reasoning=True):
+    """The tally teacher: (response text, its answer). Each fact is repeated beside its points, and these are added to the sum so far:
+    a step needs one look-up and one small sum, and the last sum, which the score head reads from nearby, has gathered all the facts."""
+    total, steps = 0, []
+    for name, level in candidate.facts.items():
+        if level:  # no trace of a fact: no points
+            points = scorecard.points[name][level]
+            steps.append(f" [{name} {level}] {total}+{points}={total + points}")
+            total += points
+    yes = total >= scorecard.threshold
+    answer = f"<answer>{'yes' if yes else 'no'}</answer>"
+    return (f"Tally:{''.join(steps) or ' nothing'}\n{answer}" if reasoning else answer), yes
 
 
 # --- the score head ------------------------------------------------------------------------------------------------------

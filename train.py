@@ -112,8 +112,8 @@ def parse_flags():
     g.add_argument("--sft-steps", type=positive(zero=True), metavar="N", help="cold-start steps (tiny: 400 or, ReRec, 550; with --teacher: 200; else 0)")
     g.add_argument("--sft-lists", type=positive(), metavar="N", help="lists a cold-start step, with up to 9 traces each (4), or requests, with 3 (8)")
     g.add_argument("--sft-lr", type=positive(float), help="of the cold start (tiny: 1e-3 or, ReRec, 1.5e-3; else 1e-5)")
-    g.add_argument("--teacher", metavar="MODEL|FILE", help="who writes the cold start's traces: `template`, a model like --model, or a JSONL "
-                   "of {history, candidate, label, trace} (tiny: template)")
+    g.add_argument("--teacher", metavar="MODEL|FILE", help="who writes the cold start's traces: `template`, `tally` (with --facts: adds up "
+                   "their weights of evidence), a model like --model, or a JSONL of {history, candidate, label, trace} (tiny: template)")
     g.add_argument("--teacher-traces", type=positive(), default=1000, metavar="N", help="(user, item) pairs a teacher model is asked about (1000)")
     switch = argparse.BooleanOptionalAction
     g.add_argument("--gradient-checkpointing", action=switch, help="recompute activations in the backward pass: less memory, the more the longer rows are (135M, "
@@ -173,6 +173,7 @@ def resumed_flags(parser, args):
 
 R2RANK_FLAGS = ("pl", "permutations", "credit", "head_lr", "warmup_steps", "warmup_lr", "no_reasoning", "eval_samples", "candidates", "save_candidates", "negatives",
                 "facts")
+TEMPLATES = ("template", "tally")  # built-in teachers
 REREC_FLAGS = ("query_kinds", "max_conditions", "num_queries", "reward_weights", "raae_penalty", "no_raae", "min_std", "tau", "no_curriculum",
                "personalized", "list_length")
 
@@ -190,6 +191,8 @@ def check_method_flags(parser, args):
     args.sft_lists = args.sft_lists or (8 if rerec_run else 4)
     if not rerec_run:
         args.group_size = args.group_size or (2 if stated else 4)
+        if args.teacher == "tally" and not args.facts:
+            raise InputError("--teacher tally adds up what --facts tells: add --facts, or take --teacher template")
         return
     if args.group_size == 1:
         raise InputError("--group-size 1: an advantage compares a response with others to the same request; give at least 2")
@@ -772,13 +775,15 @@ def template_lessons(dataset, args, rng):
     """Endless (history, candidates, responses): of each list, up to 3 candidates that the template teacher likes and twice as
     many that it does not."""
     fruitless = 0
+    scorecard = data.fit_scorecard(dataset, history_length=args.history_length) if args.teacher == "tally" else None
     for target in endless(dataset, "train", f"sft/{args.seed}"):
         if fruitless == 1000:
             raise InputError(f"{dataset.name}: the template teacher tells no candidates apart (it needs attributes, such as a brand, that items "
                              f"share); give --teacher a model or a file of traces, or start without a cold start: --sft-steps 0")
         fruitless += 1
         example = dataset.example(target, args.num_candidates, args.history_length, args.seed)
-        traces = [(c, *r2r.template_trace(example.history, c, not args.no_reasoning)) for c in example.candidates]
+        traces = [(c, *(r2r.tally_trace(c, scorecard, not args.no_reasoning) if scorecard else
+                        r2r.template_trace(example.history, c, not args.no_reasoning))) for c in example.candidates]
         liked, disliked = [t for t in traces if t[2]], [t for t in traces if not t[2]]
         if n := min(3, len(liked), len(disliked) // 2):
             fruitless = 0
@@ -1027,7 +1032,7 @@ def train_r2rank(run, dataset, args, device, dtype, rng):
     targets = run.stream("targets", endless(dataset, "train", args.seed))
     if run.stage != "rl":
         if args.sft_steps:
-            if args.teacher == "template":
+            if args.teacher in TEMPLATES:
                 lessons = template_lessons(dataset, args, rng)
             else:
                 path = Path(args.teacher) if Path(args.teacher).is_file() else run.folder / "traces.jsonl"
@@ -1467,7 +1472,7 @@ def main():
             source.draw(split, len(source.kinds))
         else:
             dataset.examples(split, 1, args.num_candidates, args.history_length, args.seed)
-    if args.teacher and args.teacher != "template" and not Path(args.teacher).is_file():
+    if args.teacher and args.teacher not in TEMPLATES and not Path(args.teacher).is_file():
         policy.resolve(args.teacher)
     if args.dry_run or device.startswith("cuda") and not args.resume:
         fit_memory(args, dataset, source, device, dtype)

@@ -129,6 +129,33 @@ def test_prompts_and_traces_state_them(shop):
     assert e.history[0].title in tokenizer.decode(beside.prefix_ids) and e.history[0].title not in tokenizer.decode(only.prefix_ids)
 
 
+def test_scorecard_by_brute_force(shop):
+    """Points are weights of evidence, so a total from the threshold on is naive Bayes at even odds, evidence against left out."""
+    nat = 1000  # next to no rounding
+    card = data.fit_scorecard(shop, 40, 8, 6, nat)
+    pairs = [(c.facts, y) for e in shop.examples("train", 40, 8, 6) for c, y in zip(e.candidates, e.relevance)]
+    weight, decided = {}, 0
+    for name in shop.facts.names:
+        for level in range(10):
+            share = [(sum(f[name] == level for f, y in pairs if y == label) + 1) / (sum(y == label for _, y in pairs) + 10) for label in (1, 0)]
+            weight[name, level] = math.log(share[0] / share[1])
+        assert card.points[name] == pytest.approx([nat * max(0.0, weight[name, level] - weight[name, 0]) for level in range(10)], abs=0.51)
+    for e in shop.examples("test", 20, 8, 6):
+        for c in e.candidates:
+            log_odds = sum(max(weight[fact], weight[fact[0], 0]) for fact in c.facts.items())
+            trace, yes = r2r.tally_trace(c, card)
+            assert r2r.parse_answer(trace) == yes and r2r.tally_trace(c, card, reasoning=False) == (trace.splitlines()[-1], yes)
+            known, total = [fact for fact in c.facts.items() if fact[1]], 0
+            for (name, level), (fact, a, b, c_) in zip(known, re.findall(r" (\[.*?\]) (\d+)\+(\d+)=(\d+)", trace), strict=True):
+                assert fact == f"[{name} {level}]" and (int(a), int(b), int(c_)) == (total, card.points[name][level], total + card.points[name][level])
+                total = int(c_)
+            if abs(log_odds) > 0.01:
+                decided += 1
+                assert yes == (log_odds > 0)
+    assert decided > 100
+    assert data.fit_scorecard(shop, 40, 8, 6, nat) == card
+
+
 def test_lists_and_traces_from_files_have_them(shop, tmp_path):
     examples = shop.examples("test", 3, 8)
     data.save_lists(tmp_path / "lists.jsonl", examples)
@@ -157,6 +184,16 @@ def test_a_run_with_facts_and_its_evaluation(tmp_path):
     out = run("eval.py", "--run", folder, "--explain", 1).stdout
     assert json.loads((folder / "eval.json").read_text())["systems"]["rl"] == before and "[together " in out
     assert "--method rerec" in run("train.py", "--method", "rerec", "--facts", code=2).stderr
+    assert "add --facts" in run("train.py", "--teacher", "tally", code=2).stderr
+
+
+def test_a_run_with_the_tally_teacher(tmp_path):
+    """Its lessons are tallies: a model that starts from nothing writes one after a few steps' cold start."""
+    folder = tmp_path / "r"
+    run("train.py", *SMALL, "--facts", "--teacher", "tally", "--sft-steps", 60, "--sft-lr", "3e-3", "--out", folder)
+    assert json.loads((folder / "config.json").read_text())["flags"]["teacher"] == "tally"
+    out = run("eval.py", "--run", folder, "--explain", 1).stdout
+    assert "Tally: [" in out
 
 
 def test_facts_asked_for_again_on_resume(tmp_path, monkeypatch):
