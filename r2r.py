@@ -476,9 +476,11 @@ def answer_log_odds(model, tokenizer, rollout, micro_batch=32, share_prefix=True
     rows = (model, rollout.prefixes, rollout.owner, contexts)
     if all(len(ending) == 1 for endings in words.values() for ending in endings):  # one pass tells both
         *_, hidden = policy.all_logprobs(*rows, [[]] * len(contexts), 1.0, micro_batch, share_prefix)
-        tokens = torch.tensor([words["yes"], words["no"]], dtype=torch.long, device=hidden.device).squeeze(-1).T  # (N, 2)
-        return torch.cat([model.get_output_embeddings()(h).float().gather(1, t).diff(dim=1).neg().squeeze(1)
-                          for h, t in zip(hidden.split(micro_batch), tokens.split(micro_batch))])
+        layer, bias = model.get_output_embeddings(), getattr(model.get_output_embeddings(), "bias", None)
+        yes, no = (torch.tensor(endings, dtype=torch.long, device=hidden.device).flatten() for endings in words.values())
+        # in float32, as bfloat16 logits of 16 and more are an eighth apart; the softmax's denominator cancels
+        odds = (hidden.float() * (layer.weight[yes].float() - layer.weight[no].float())).sum(-1)
+        return odds if bias is None else odds + bias[yes].float() - bias[no].float()
     yes, no = (policy.all_logprobs(*rows, endings, 1.0, micro_batch, share_prefix)[0].sum(-1) for endings in words.values())
     return yes - no
 
