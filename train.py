@@ -778,8 +778,9 @@ def template_lessons(dataset, args, rng):
     scorecard = data.fit_scorecard(dataset, history_length=args.history_length) if args.teacher == "tally" else None
     for target in endless(dataset, "train", f"sft/{args.seed}"):
         if fruitless == 1000:
-            raise InputError(f"{dataset.name}: the template teacher tells no candidates apart (it needs attributes, such as a brand, that items "
-                             f"share); give --teacher a model or a file of traces, or start without a cold start: --sft-steps 0")
+            needs = "facts that carry evidence" if scorecard else "attributes, such as a brand, that items share"
+            raise InputError(f"{dataset.name}: the {args.teacher} teacher tells no candidates apart (it needs {needs}); give --teacher a model "
+                             f"or a file of traces, or start without a cold start: --sft-steps 0")
         fruitless += 1
         example = dataset.example(target, args.num_candidates, args.history_length, args.seed)
         traces = [(c, *(r2r.tally_trace(c, scorecard, not args.no_reasoning) if scorecard else

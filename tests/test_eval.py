@@ -163,19 +163,26 @@ def test_baselines_never_see_the_test_interactions(monkeypatch, split):
     assert shop.popularity() == with_other_test_items(shop).popularity() and shop.training() == with_other_test_items(shop).training()
 
 
+@pytest.mark.parametrize("teacher", ["template", "tally"])
 @pytest.mark.parametrize("split", [data.split_leave_one_out, data.split_temporal])
-def test_no_held_out_pair_reaches_a_template_trace_or_baseline(split):
-    """What is handed to training: prompts, traces and counts hold no (user, item) pair of validation or test."""
+def test_no_held_out_pair_reaches_a_template_trace_or_baseline(split, teacher):
+    """What is handed to training: prompts, traces, weights and counts hold no (user, item) pair of validation or test."""
     import train
     shop = make_shop(num_items=80, split=split)
     held_out = {(u, shop.sequences[u][p].item_id) for s in ("validation", "test") for u, p in shop.splits[s]}
     assert held_out and not held_out & {(u, i) for u, s in shop.training().items() for i in s}
     seen, original = set(), shop.example
     shop.example = lambda target, *a: (lambda e: seen.update((e.user, x.id) for x in e.history + e.candidates) or e)(original(target, *a))
-    args = type("Args", (), {"seed": 0, "num_candidates": 20, "history_length": 10, "no_reasoning": False})
-    lessons = train.template_lessons(shop, args, random.Random(0))
-    for _ in range(300):
-        next(lessons)
+    args = type("Args", (), {"seed": 0, "num_candidates": 20, "history_length": 10, "no_reasoning": False, "teacher": teacher})
+    if teacher == "tally":  # interactions at random carry no evidence, so there are weights but no lessons
+        shop.facts = data.Facts(shop)
+        data.fit_scorecard(shop, 300)
+        with pytest.raises(InputError, match="tells no candidates apart"):
+            next(train.template_lessons(shop, args, random.Random(0)))
+    else:
+        lessons = train.template_lessons(shop, args, random.Random(0))
+        for _ in range(300):
+            next(lessons)
     assert len({u for u, _ in seen}) > 20 and not seen & held_out
 
 
