@@ -21,8 +21,8 @@ Deviations and choices (the papers' text leaves them open unless said otherwise)
      depend on the order of the candidates, to the last bit when rationales are greedy.
   5. The built-in template teacher is deliberately hasty (it counts all the evidence and judges by the first attribute), and its
      traces are kept when wrong: the cold start teaches format and evidence, reinforcement learning the judgement. With --facts there
-     is a careful one (`--teacher tally`, which adds up weights of evidence). Traces of a real teacher are kept only when their
-     answer equals the label.
+     is a careful one (`--teacher tally`, which adds up weights of evidence), whose traces are kept, too. Those of a real teacher are
+     kept only when their answer equals the label.
   6. The instruction stands in the system message, so before the history: the suffix is the candidate alone, a third as long as
      with the instruction behind it.
   7. A warm-up fits the head alone, on stored rationales, before the backbone learns from its credit (`fit_score_head`).

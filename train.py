@@ -772,7 +772,7 @@ def endless(dataset, split, seed):
 
 
 def template_lessons(dataset, args, rng):
-    """Endless (history, candidates, responses): of each list, up to 3 candidates that the template teacher likes and twice as
+    """Endless (history, candidates, responses): of each list, up to 3 candidates that the built-in teacher likes and twice as
     many that it does not."""
     fruitless = 0
     scorecard = data.fit_scorecard(dataset, history_length=args.history_length) if args.teacher == "tally" else None

@@ -1,5 +1,6 @@
 """Prompts, rollout, update and ranking: against an independent computation, and what must not change a result."""
 
+import copy
 import random
 
 import pytest
@@ -152,11 +153,14 @@ def test_without_reasoning_the_head_reads_the_prompt(model, tokenizer, toy):
         assert r.rationale == "" and r.score == pytest.approx(want.item(), abs=1e-4)
 
 
-@pytest.mark.parametrize("one_pass", [False, True])
-def test_zero_shot_score_is_the_log_odds_at_the_answer(model, tokenizer, toy, one_pass):
+@pytest.mark.parametrize("one_pass, bias", [(False, False), (True, False), (True, True)])
+def test_zero_shot_score_is_the_log_odds_at_the_answer(model, tokenizer, toy, one_pass, bias):
     """Whether the rationale came to its answer (then what it answered does not count), or never did; both words in one pass, or a pass each."""
     if not one_pass:  # a tokenizer that has seen no answers
         model, tokenizer = policy.load("tiny", "cpu", torch.float32, toy.texts(), 0)
+    if bias:
+        model = copy.deepcopy(model)
+        model.get_output_embeddings().bias = torch.nn.Parameter(torch.randn(len(model.get_output_embeddings().weight)))
     encode = lambda s: tokenizer(s, add_special_tokens=False).input_ids
     assert [len(encode(f"<answer>{word}")) for word in ("yes", "no")] == ([2, 2] if one_pass else [4, 2])
     e = toy.examples("test", 1)[0]
