@@ -227,15 +227,25 @@ class Facts:
         popularity   users who had it, n(i)
         brand, …     for each attribute of the catalogue: items of the history that share a value (a count)
 
-    No level knows its target: the user's own interactions count nowhere. Levels 1 to 9 of the first three part what is above zero
-    evenly, over the positives and as many negatives of 1000 training lists. A level depends on user, history and candidate alone.
+    With `smooth` (`--smooth-facts`), for sparse data, where most pairs of items were never had together:
+
+        together     over paths of two steps: w (B'B)^2, where w has DECAY^age for each item of the history, and B is the matrix of users
+                     and items, an interaction 1 / sqrt(items of the user n(i)), as in LightGCN
+        brand, …     how often such values are had together: sum over the history of DECAY^age sqrt(lift), where for the values a of an
+                     item of the history and b of the candidate (of several the last, most special one), with n(a, b) pairs of
+                     different items of a user, n(a) = sum_b n(a, b) and p(b) = n(b) / sum n,  lift = n(a, b) / ((n(a) + SHRINK) p(b))
+
+    No level knows its target: the user's own interactions count nowhere. Levels 1 to 9 of what is measured (all but counts) part what is
+    above zero evenly, over the positives and as many negatives of 1000 training lists. A level depends on user, history and candidate alone.
     """
 
     DECAY = 0.8
+    SHRINK = 20  # pairs: a value of which little is known goes with none
     MEASURED = ("together", "title", "popularity")
 
-    def __init__(self, dataset, only=False):
+    def __init__(self, dataset, only=False, smooth=False):
         self.only = only  # a prompt shows the facts in the place of history and titles, which are too much for a tiny model
+        self.smooth = smooth
         self.training = {user: dict.fromkeys(ids) for user, ids in dataset.training().items()}
         self.users_of = defaultdict(list)  # lists: a sum over a set would depend on the process
         for user, ids in self.training.items():
@@ -244,6 +254,13 @@ class Facts:
         self.names = list(dict.fromkeys([*self.MEASURED, *(name for item in dataset.items.values() for name in item.attributes)]))
         df = Counter(w for item in dataset.items.values() for w in set(_words(item)))
         self.idf = {w: math.log(len(dataset.items) / n) for w, n in df.items()}
+        self.measured = self.names if smooth else self.names[:len(self.MEASURED)]
+        self.values, self.pairs = {}, {}  # attribute -> item id -> its value; attribute -> (a, b) -> n(a, b), (a, None) -> n(a), None -> their sum
+        for name in self.measured[len(self.MEASURED):]:
+            self.values[name] = {i: item.attributes[name][-1] for i, item in dataset.items.items() if item.attributes.get(name)}
+            self.pairs[name] = Counter()
+            for user in self.training:
+                self.pairs[name].update(self._pairs(name, user))
         lists = [dataset.example(t, 2) for t in dataset.targets("train")[:1000]]
         rows = [row for e in lists for row in self.measure(e.user, e.history, e.candidates)]
         above = [sorted(filter(None, column)) or [0.0] for column in zip(*rows)]
@@ -254,8 +271,25 @@ class Facts:
         norm = math.sqrt(sum(x * x for x in weights.values())) or 1.0
         return {w: x / norm for w, x in weights.items()}
 
+    def _pairs(self, name, user):
+        """Pairs of different items of a user by their values: {(a, b): n(a, b), (a, None): n(a), None: all}."""
+        values = Counter(self.values[name][i] for i in self.training.get(user, ()) if i in self.values[name])
+        pairs = Counter({(a, b): n * (m - (a == b)) for a, n in values.items() for b, m in values.items()})
+        for (a, _), n in list(pairs.items()):
+            pairs[a, None] += n
+            pairs[None] += n
+        return pairs
+
+    def lifts(self, name, user, history, candidates):
+        """What `smooth` says of an attribute, a number a candidate."""
+        values, own = self.values[name], self._pairs(name, user)
+        n = lambda key: self.pairs[name][key] - own[key]
+        told = [(values[h.id], self.DECAY**age) for age, h in enumerate(reversed(history)) if h.id in values]
+        lift = lambda a, b: n((a, b)) * n(None) / ((n((a, None)) + self.SHRINK) * max(1, n((b, None))))
+        return [sum(w * math.sqrt(lift(a, values[c.id])) for a, w in told) if c.id in values else 0.0 for c in candidates]
+
     def measure(self, user, history, candidates):
-        """[(together, title, popularity)] of the candidates, before they are made levels."""
+        """[(together, title, popularity, …)] of the candidates, what is `measured`, before it is made levels."""
         own, near, words = self.training.get(user, {}), defaultdict(float), defaultdict(float)
         count = lambda item: max(1, len(self.users_of.get(item.id, ())) - (item.id in own))
         for age, item in enumerate(reversed(history)):
@@ -264,19 +298,27 @@ class Facts:
             for w, x in self.tfidf(item).items():
                 words[w] += self.DECAY**age * x
         near.pop(user, None)
+        if self.smooth:  # one step more: from these users to what they had, and to who had that
+            had = defaultdict(float)
+            for u, x in near.items():
+                for i in self.training[u]:
+                    had[i] += x / len(self.training[u]) / max(1, len(self.users_of[i]) - (i in own))
+            others = {u for c in candidates for u in self.users_of.get(c.id, ())} - {user}
+            near = {u: sum(had.get(i, 0.0) for i in self.training[u]) / len(self.training[u]) for u in others}
         rows = []
         for item in candidates:
             users = self.users_of.get(item.id, ())
             together = sum(near[u] for u in users if u in near) / math.sqrt(count(item))
             rows.append((together, sum(x * words[w] for w, x in self.tfidf(item).items() if w in words), len(users) - (item.id in own)))
-        return rows
+        lifts = [self.lifts(name, user, history, candidates) for name in self.values]
+        return [row + more for row, more in zip(rows, zip(*lifts) if lifts else [()] * len(rows))]
 
     def beside(self, user, history, candidates):
         """The candidates (Items) with their facts. user: None where he is not of this data set."""
         result = []
         for item, row in zip(candidates, self.measure(user, history, candidates)):
-            facts = {name: bisect.bisect_right(borders, x) + 1 if x > 0 else 0 for name, x, borders in zip(self.MEASURED, row, self.borders)}
-            for name in self.names[len(self.MEASURED):]:
+            facts = {name: bisect.bisect_right(borders, x) + 1 if x > 0 else 0 for name, x, borders in zip(self.measured, row, self.borders)}
+            for name in self.names[len(self.measured):]:
                 values = set(item.attributes.get(name, ()))
                 facts[name] = min(9, sum(not values.isdisjoint(h.attributes.get(name, ())) for h in history))
             result.append(replace(item, facts=facts, only_facts=self.only))
@@ -291,20 +333,22 @@ class Scorecard:
     threshold: int
 
 
-def fit_scorecard(dataset, num_lists=1000, num_candidates=20, history_length=10, nat=2):
-    """Weights of evidence of the dataset's facts: log P(level | chosen) / P(level | not chosen) over lists of training, each level
-    seen once more than it was. Points: what a weight has beyond its fact's level 0, `nat` a unit; less than that counts as nothing."""
+def fit_scorecard(dataset, num_lists=2000, num_candidates=20, history_length=10, nat=2):
+    """Weights of evidence of the dataset's facts: log P(level | chosen) / P(level | not chosen) over lists of training, and a list more for
+    each level, whose candidates all have it: a level hardly seen says next to nothing. Points: what a weight has beyond that of its
+    fact's commonest level, `nat` a unit; less than that counts as nothing."""
     seen = [Counter(), Counter()]  # of the candidates not chosen, chosen
     for e in dataset.examples("train", num_lists, num_candidates, history_length):
         for item, relevance in zip(e.candidates, e.relevance):
             seen[relevance > 0].update(item.facts.items())
-    points, nothing = {}, 0.0  # the log-odds (prior aside) of a candidate of which nothing is known
+    points, common = {}, 0.0  # the log-odds (prior aside) of a candidate of which all is common
     for name in dataset.facts.names:
-        no, yes = ([count[name, level] + 1 for level in range(10)] for count in seen)
+        no, yes = ([count[name, level] + more for level in range(10)] for count, more in zip(seen, (num_candidates - 1, 1)))
         weights = [math.log(y / sum(yes)) - math.log(n / sum(no)) for y, n in zip(yes, no)]
-        points[name] = [max(0, round(nat * (w - weights[0]))) for w in weights]
-        nothing += weights[0]
-    return Scorecard(points, math.ceil(-nat * nothing))
+        usual = max(zip(map(sum, zip(no, yes)), weights))[1]
+        points[name] = [max(0, round(nat * (w - usual))) for w in weights]
+        common += usual
+    return Scorecard(points, math.ceil(-nat * common))
 
 
 def _words(item):

@@ -1017,6 +1017,8 @@ def add_common_flags(parser):
     g.add_argument("--facts", nargs="?", choices=("auto", "beside", "only"), const="auto", help="tell of each candidate, in levels from 0 to 9, what is known from "
                    "the training period: had together with the history, words and attributes shared with it, popularity; `beside` the text, or `only` "
                    "that (auto: only for tiny, else beside)")
+    g.add_argument("--smooth-facts", action="store_true", help="with --facts, for sparse data: together by paths of two steps, attributes by how often their "
+                   "values are had together, in the place of equal ones")
     g.add_argument("--candidates", metavar="FILE", help="evaluate on the lists of this JSONL: user, history, candidates (item ids), relevance")
     g.add_argument("--save-candidates", metavar="FILE", help="write the evaluated lists as such a JSONL")
     g.add_argument("--data-dir", metavar="DIR", help="folder of the benchmark's files, for --data recbench:movie and recbench:book")
@@ -1075,7 +1077,9 @@ def check_common_flags(args):
         if dataset.bench:
             raise InputError("--facts are about lists to rank, and RecBench+'s files hold requests; leave it out")
         args.facts = args.facts if args.facts != "auto" else "only" if args.model == "tiny" else "beside"
-        dataset.facts = data.Facts(dataset, args.facts == "only")
+        dataset.facts = data.Facts(dataset, args.facts == "only", args.smooth_facts)
+    elif args.smooth_facts:
+        raise InputError("--smooth-facts says how --facts are counted: add --facts, or leave it out")
     if args.num_candidates > len(dataset.items) and not (args.candidates or getattr(args, "full", False)):
         raise InputError(f"--num-candidates {args.num_candidates}: {dataset.name} has only {len(dataset.items)} items")
     return dataset, device, dtype

@@ -95,12 +95,11 @@ def template_trace(history, candidate, reasoning=True):
 
 
 def tally_trace(candidate, scorecard, reasoning=True):
-    """The tally teacher: (response text, its answer). Each fact is repeated beside its points, and these are added to the sum so far:
-    a step needs one look-up and one small sum, and the last sum, which the score head reads from nearby, has gathered all the facts."""
+    """The tally teacher: (response text, its answer). Each fact that has points is repeated beside them, and they are added to the sum so
+    far: a step needs one look-up and one small sum, and the last sum, which the score head reads from nearby, has gathered all the facts."""
     total, steps = 0, []
     for name, level in candidate.facts.items():
-        if level:  # no trace of a fact: no points
-            points = scorecard.points[name][level]
+        if points := scorecard.points[name][level]:
             steps.append(f" [{name} {level}] {total}+{points}={total + points}")
             total += points
     yes = total >= scorecard.threshold

@@ -172,7 +172,7 @@ def resumed_flags(parser, args):
 
 
 R2RANK_FLAGS = ("pl", "permutations", "credit", "head_lr", "warmup_steps", "warmup_lr", "no_reasoning", "eval_samples", "candidates", "save_candidates", "negatives",
-                "facts")
+                "facts", "smooth_facts")
 TEMPLATES = ("template", "tally")  # built-in teachers
 REREC_FLAGS = ("query_kinds", "max_conditions", "num_queries", "reward_weights", "raae_penalty", "no_raae", "min_std", "tau", "no_curriculum",
                "personalized", "list_length")

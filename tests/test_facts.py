@@ -63,6 +63,47 @@ def test_facts_by_brute_force(shop, split):
                 assert c.facts[name] == sum(bool(set(c.attributes.get(name, ())) & set(h.attributes.get(name, ()))) for h in e.history)
 
 
+def smooth_by_brute_force(dataset, user, history, candidate):
+    """(together, brand, categories) of --smooth-facts, from a dense matrix and lists of pairs, without the user."""
+    had = [{x.item_id for x in s[:dataset.train_length[u]]} for u, s in dataset.sequences.items() if u != user]
+    ids = list(dataset.items)
+    B = torch.tensor([[float(i in s) for i in ids] for s in had], dtype=torch.float64)
+    B = B / B.sum(1, keepdim=True).clamp(min=1).sqrt() / B.sum(0).clamp(min=1).sqrt()
+    weights = [0.8**age for age in range(len(history))][::-1]
+    w = torch.zeros(len(ids), dtype=torch.float64)
+    for x, h in zip(weights, history):
+        w[ids.index(h.id)] += x
+    told = [(w @ B.T @ B @ B.T @ B)[ids.index(candidate.id)].item()]
+    for name in ("brand", "categories"):
+        of = lambda i: dataset.items[i].attributes.get(name, (None,))[-1] if dataset.items[i].attributes.get(name) else None
+        pairs = [(of(i), of(j)) for s in had for i in s for j in s if i != j and of(i) and of(j)]
+        b, total = of(candidate.id), 0.0
+        for x, h in zip(weights, history):
+            if b and (a := of(h.id)) and (n := pairs.count((a, b))):
+                share = sum(q == b for _, q in pairs) / len(pairs)
+                total += x * math.sqrt(n / (sum(p == a for p, _ in pairs) + 20) / share)
+        told.append(total)
+    return told
+
+
+@pytest.fixture(scope="module")
+def smooth(shop):
+    return replace(shop, facts=data.Facts(shop, smooth=True))
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_smooth_facts_by_brute_force(shop, smooth, split):
+    told = set()
+    for plain, e in zip(shop.examples(split, 10, 8), smooth.examples(split, 10, 8)):
+        for before, c, row in zip(plain.candidates, e.candidates, smooth.facts.measure(e.user, e.history, e.candidates)):
+            together, *attributes = smooth_by_brute_force(shop, e.user, e.history, c)
+            assert row == pytest.approx((together, *brute_force(shop, e.user, e.history, c)[1:], *attributes), abs=1e-9)
+            assert list(c.facts) == list(before.facts) and c.facts["title"] == before.facts["title"]
+            assert list(c.facts.values()) == [1 + sum(b <= x for b in borders) if x else 0 for x, borders in zip(row, smooth.facts.borders)]
+            told |= set(c.facts.items())
+    assert {name for name, level in told if level > 4} == set(smooth.facts.names)
+
+
 def test_levels_are_used_evenly(shop):
     """Over positives and as many negatives, what is above zero falls into nine parts, as evenly as ties allow."""
     lists = [shop.example(t, 2) for t in shop.targets("train")]
@@ -70,28 +111,33 @@ def test_levels_are_used_evenly(shop):
     assert set(levels) == set(range(1, 10)) and max(map(levels.count, range(1, 10))) < 2 * len(levels) / 9
 
 
-def test_no_interaction_of_the_user_counts(shop):
+@pytest.mark.parametrize("kind", ["plain", "smooth"])
+def test_no_interaction_of_the_user_counts(shop, kind):
     """The facts of a user's lists are those of a data set in which he was never there; so no target knows itself."""
+    facts = data.Facts(shop, smooth=kind == "smooth")
     for user in list(shop.sequences)[:10]:
         without = replace(shop, train_length=shop.train_length | {user: 0}, facts=None)
-        stranger = data.Facts(without)
+        stranger = data.Facts(without, smooth=kind == "smooth")
         for target in [t for split in shop.splits.values() for t in split if t[0] == user]:
             e = shop.example(target, 8)
-            assert shop.facts.measure(user, e.history, e.candidates) == stranger.measure(user, e.history, e.candidates)
+            assert facts.measure(user, e.history, e.candidates) == stranger.measure(user, e.history, e.candidates)
 
 
-def test_nothing_after_the_training_period_counts(shop):
+@pytest.mark.parametrize("kind", ["plain", "smooth"])
+def test_nothing_after_the_training_period_counts(shop, kind):
     cut = replace(shop, sequences={u: s[:shop.train_length[u]] for u, s in shop.sequences.items()}, facts=None)
-    blind = data.Facts(cut)
+    facts, blind = (data.Facts(d, smooth=kind == "smooth") for d in (shop, cut))
     for e in shop.examples("test", 20, 8):
-        assert shop.facts.measure(e.user, e.history, e.candidates) == blind.measure(e.user, e.history, e.candidates)
+        assert facts.measure(e.user, e.history, e.candidates) == blind.measure(e.user, e.history, e.candidates)
 
 
-def test_facts_do_not_depend_on_the_other_candidates(shop):
+@pytest.mark.parametrize("kind", ["plain", "smooth"])
+def test_facts_do_not_depend_on_the_other_candidates(shop, kind):
+    facts = data.Facts(shop, smooth=kind == "smooth")
     for e in shop.examples("test", 10, 8):
-        whole = [c.facts for c in e.candidates]
-        assert [c.facts for c in shop.facts.beside(e.user, e.history, e.candidates[::-1])] == whole[::-1]
-        assert [shop.facts.beside(e.user, e.history, [c])[0].facts for c in e.candidates] == whole
+        whole = [c.facts for c in facts.beside(e.user, e.history, e.candidates)]
+        assert [c.facts for c in facts.beside(e.user, e.history, e.candidates[::-1])] == whole[::-1]
+        assert [facts.beside(e.user, e.history, [c])[0].facts for c in e.candidates] == whole
 
 
 def test_the_linear_baseline_is_the_regression(shop):
@@ -129,23 +175,27 @@ def test_prompts_and_traces_state_them(shop):
     assert e.history[0].title in tokenizer.decode(beside.prefix_ids) and e.history[0].title not in tokenizer.decode(only.prefix_ids)
 
 
-def test_scorecard_by_brute_force(shop):
+@pytest.mark.parametrize("kind", ["plain", "smooth"])
+def test_scorecard_by_brute_force(shop, kind):
     """Points are weights of evidence, so a total from the threshold on is naive Bayes at even odds, evidence against left out."""
+    shop = replace(shop, facts=data.Facts(shop, smooth=kind == "smooth"))
     nat = 1000  # next to no rounding
     card = data.fit_scorecard(shop, 40, 8, 6, nat)
     pairs = [(c.facts, y) for e in shop.examples("train", 40, 8, 6) for c, y in zip(e.candidates, e.relevance)]
-    weight, decided = {}, 0
+    weight, usual, decided = {}, {}, 0
     for name in shop.facts.names:
+        count = lambda level, labels: sum(f[name] == level for f, y in pairs if y in labels)
         for level in range(10):
-            share = [(sum(f[name] == level for f, y in pairs if y == label) + 1) / (sum(y == label for _, y in pairs) + 10) for label in (1, 0)]
+            share = [(count(level, [label]) + n) / (sum(y == label for _, y in pairs) + 10 * n) for label, n in ((1, 1), (0, 7))]
             weight[name, level] = math.log(share[0] / share[1])
-        assert card.points[name] == pytest.approx([nat * max(0.0, weight[name, level] - weight[name, 0]) for level in range(10)], abs=0.51)
+        usual[name] = weight[name, max(range(10), key=lambda level: count(level, (0, 1)))]
+        assert card.points[name] == pytest.approx([nat * max(0.0, weight[name, level] - usual[name]) for level in range(10)], abs=0.51)
     for e in shop.examples("test", 20, 8, 6):
         for c in e.candidates:
-            log_odds = sum(max(weight[fact], weight[fact[0], 0]) for fact in c.facts.items())
+            log_odds = sum(max(weight[fact], usual[fact[0]]) for fact in c.facts.items())
             trace, yes = r2r.tally_trace(c, card)
             assert r2r.parse_answer(trace) == yes and r2r.tally_trace(c, card, reasoning=False) == (trace.splitlines()[-1], yes)
-            known, total = [fact for fact in c.facts.items() if fact[1]], 0
+            known, total = [(name, level) for name, level in c.facts.items() if card.points[name][level]], 0
             for (name, level), (fact, a, b, c_) in zip(known, re.findall(r" (\[.*?\]) (\d+)\+(\d+)=(\d+)", trace), strict=True):
                 assert fact == f"[{name} {level}]" and (int(a), int(b), int(c_)) == (total, card.points[name][level], total + card.points[name][level])
                 total = int(c_)
@@ -184,16 +234,18 @@ def test_a_run_with_facts_and_its_evaluation(tmp_path):
     out = run("eval.py", "--run", folder, "--explain", 1).stdout
     assert json.loads((folder / "eval.json").read_text())["systems"]["rl"] == before and "[together " in out
     assert "--method rerec" in run("train.py", "--method", "rerec", "--facts", code=2).stderr
-    assert "add --facts" in run("train.py", "--teacher", "tally", code=2).stderr
+    assert "add --facts" in run("train.py", "--teacher", "tally", code=2).stderr and "add --facts" in run("eval.py", "--smooth-facts", code=2).stderr
+    assert "--method rerec" in run("train.py", "--method", "rerec", "--smooth-facts", code=2).stderr
 
 
 def test_a_run_with_the_tally_teacher(tmp_path):
     """Its lessons are tallies: a model that starts from nothing writes one after a few steps' cold start."""
     folder = tmp_path / "r"
-    run("train.py", *SMALL, "--facts", "--teacher", "tally", "--sft-steps", 60, "--sft-lr", "3e-3", "--out", folder)
+    run("train.py", *SMALL, "--facts", "--smooth-facts", "--teacher", "tally", "--sft-steps", 60, "--sft-lr", "3e-3", "--out", folder)
     assert json.loads((folder / "config.json").read_text())["flags"]["teacher"] == "tally"
+    before = json.loads((folder / "eval.json").read_text())["systems"]["rl"]
     out = run("eval.py", "--run", folder, "--explain", 1).stdout
-    assert "Tally: [" in out
+    assert "Tally: [" in out and json.loads((folder / "eval.json").read_text())["systems"]["rl"] == before
 
 
 def test_facts_asked_for_again_on_resume(tmp_path, monkeypatch):
