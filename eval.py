@@ -595,13 +595,15 @@ def query_table(systems):
     return "\n".join(lines)
 
 
-def evaluate_rerec_run(args, flags, out, dataset, device, dtype):
+def evaluate_rerec_run(args, flags, out, dataset, device, dtype, train):
     """eval.py --run on a run of --method rerec: its checkpoint on its own test requests, with its own settings."""
     model, tokenizer = policy.load(args.model, device, dtype)
     fill_model_defaults(args, model)
     source = data.query_source(dataset, flags["query_kinds"], flags["max_conditions"], args.num_candidates, args.history_length, args.seed)
     queries = source.draw("test", args.eval_lists)
-    results = query_answers(model, tokenizer, queries, sampling_of(args), flags["personalized"], flags["list_length"])
+    results = train.gather(query_answers(model, tokenizer, train.part(queries), sampling_of(args), flags["personalized"], flags["list_length"]))
+    if train.rank():
+        return
     rows = {"random": rerec.random_metrics(queries, flags["list_length"], args.seed), "rl": [metrics for _, metrics in results]}
     systems = write_eval(out, dataset.name, queries, {name: summarise_queries(queries, r) for name, r in rows.items()}, by_metric(rows), True,
                          as_trained(args, flags))
@@ -1119,6 +1121,13 @@ def run_main(main):
 
 
 def main():
+    import train  # only here, as it imports this file
+    with train.processes():
+        run_command(train)
+
+
+def run_command(train):
+    """What the command line asks for. Of several processes each scores its part of the lists or requests, and rank 0 does the rest."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_flags(parser)
     parser.set_defaults(model=None)
@@ -1177,7 +1186,14 @@ def main():
     out = Path(args.out) if args.out else Path(args.run or ".") / "eval.json"
     check_file("--out", out)
     check_file("--save-predictions", args.save_predictions)
-    dataset, device, dtype = check_common_flags(args)
+    if thinking and train.world() > 1:
+        raise InputError("--test-time and --test-lengths measure seconds: start them without torchrun")
+    dataset, device, dtype = train.rank_0_first(lambda: check_common_flags(args))
+    if train.rank():
+        if not args.model or args.open_ended:
+            return
+        args.save_candidates = baselines = None
+    device = train.own_gpu(device)
     if args.full:
         return evaluate_full(dataset, args, baselines, out)
     if args.open_ended is not None:
@@ -1188,10 +1204,10 @@ def main():
         queries = data.query_source(dataset, seed=args.seed).draw("test", args.eval_lists or 100)
         model, tokenizer = policy.load(args.model, device, dtype, dataset.texts(), args.seed)
         fill_model_defaults(args, model)
-        responses = rerec.answer_open_ended(model, tokenizer, queries, replace(sampling_of(args), greedy=True))
-        return evaluate_open_ended(dataset, list(zip(queries, responses)), out)
+        responses = train.gather(rerec.answer_open_ended(model, tokenizer, train.part(queries), replace(sampling_of(args), greedy=True)))
+        return train.rank() or evaluate_open_ended(dataset, list(zip(queries, responses)), out)
     if args.run and flags.get("method") == "rerec":
-        return evaluate_rerec_run(args, flags, out, dataset, device, dtype)
+        return evaluate_rerec_run(args, flags, out, dataset, device, dtype, train)
     if dataset.bench:
         raise InputError(f"--data {args.data}: these are requests, for a run of train.py --method rerec (--run DIR) or for --open-ended")
     if not args.candidates:
@@ -1218,8 +1234,9 @@ def main():
             scores["facts-linear"] = facts_linear(dataset, examples, args.history_length, seed=args.seed)
     if args.model:
         def score(lists, label="eval"):
-            torch.manual_seed(args.seed)
-            return model_scores(model, tokenizer, score_head, lists, sampling_of(args), args.eval_samples, args.micro_batch, reasoning, label)
+            torch.manual_seed(args.seed + train.rank())
+            return train.gather(model_scores(model, tokenizer, score_head, train.part(lists), sampling_of(args), args.eval_samples, args.micro_batch,
+                                             reasoning, label))
 
         name, results = "rl" if score_head else "zero-shot", score(examples)
         scores[name] = [s for s, _ in results]
@@ -1228,6 +1245,8 @@ def main():
                                           args.test_lengths, args.eval_samples, args.seed)
         if args.probe_orders:
             more["position_probe"] = {name: position_probe(lambda lists: [s for s, _ in score(lists, "probe")], examples, args.probe_orders, args.seed)}
+    if train.rank():
+        return
     evaluated = {name: evaluate(s, examples) for name, s in scores.items()}
     values, users = {name: v for name, (_, v) in evaluated.items()}, [e.user for e in examples]
     more["slices"] = slices(values, examples, counts)

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import eval as evaluation
 import policy
 import train
 from data import InputError
@@ -106,6 +107,11 @@ def launch():
 def main(*flags):
     sys.argv = ["train.py", *flags]
     train.main()
+
+
+def evaluate(*flags):
+    sys.argv = ["eval.py", *flags]
+    evaluation.main()
 
 
 def main_with_fixed_responses(folder, *flags):
@@ -338,6 +344,22 @@ def test_torchrun_hands_its_signal_on(tmp_path):
     assert process.returncode and f"torchrun --nproc-per-node 2 train.py --resume {out}" in printed, errors
     (state,) = (out / "states").iterdir()
     assert state.name == f"1-sft-{len(metrics(out)):06d}"
+
+
+@pytest.mark.parametrize("flags", [R2RANK, REREC], ids=["r2rank", "rerec"])
+def test_processes_share_an_evaluation(launch, tmp_path, flags):
+    """Each list is scored once, and has the score that one process gives it; rank 0 alone writes and prints."""
+    out = tmp_path / "r"
+    launch(tmp_path, "main", *flags, "--steps", 1, "--out", out, world=1)
+    reports = {}
+    for world, lists in ((1, 5), (2, 5), (3, 2)):  # of 2 lists on three processes one has none
+        printed, _ = launch(tmp_path, "evaluate", "--run", out, "--eval-lists", lists, "--out", tmp_path / "e.json", world=world)
+        reports[world] = json.loads((tmp_path / "e.json").read_text())
+        assert "written to" in printed[0][0] and all(p == ["", ""] for p in printed[1:])
+        (tmp_path / "e.json").unlink()
+    assert reports[2]["values"]["rl"] == pytest.approx(reports[1]["values"]["rl"], abs=1e-9) and reports[2]["systems"].keys() == reports[1]["systems"].keys()
+    assert reports[3]["values"]["rl"] == pytest.approx(reports[1]["values"]["rl"][:2], abs=1e-9)
+    assert reports[2]["lists"] == reports[1]["lists"]
 
 
 # --- what stops one stops all ---------------------------------------------------------------------------------------------------
