@@ -1,7 +1,7 @@
 """Metrics, baselines and reports: against brute force, dense algebra and independent re-scoring."""
 
-import itertools
 import contextlib
+import itertools
 import json
 import math
 import random
