@@ -362,6 +362,17 @@ def test_processes_share_an_evaluation(launch, tmp_path, flags):
     assert reports[2]["lists"] == reports[1]["lists"]
 
 
+def test_torchrun_takes_the_documented_commands():
+    """Its own parser abbreviates options, also those that stand behind the script."""
+    from torch.distributed.run import get_args_parser
+    commands = re.findall(r"^torchrun (.*?)(?: +#.*)?$", (ROOT / "README.md").read_text(), re.M)
+    assert any("eval.py" in c for c in commands)
+    for command in commands:
+        args = get_args_parser().parse_args(command.split())
+        script = next(n for n, word in enumerate(command.split()) if word.endswith(".py"))
+        assert args.training_script == command.split()[script] and args.training_script_args == command.split()[script + 1:]
+
+
 # --- what stops one stops all ---------------------------------------------------------------------------------------------------
 
 
