@@ -229,8 +229,8 @@ class Facts:
 
     With `smooth` (`--smooth-facts`), for sparse data, where most pairs of items were never had together:
 
-        together     over paths of two steps: w (B'B)^2, where w has DECAY^age for each item of the history, and B is the matrix of users
-                     and items, an interaction 1 / sqrt(items of the user n(i)), as in LightGCN
+        together     over paths of two steps: w (B'B)^2, where w has DECAY^age for each item of the history, and B, users by items, has
+                     1 / sqrt(n(u) n(i)) where user u had item i, n(u) being the items that u had: LightGCN's matrix
         brand, …     how often such values are had together: sum over the history of DECAY^age sqrt(lift), where for the values a of an
                      item of the history and b of the candidate (of several the last, most special one), with n(a, b) pairs of
                      different items of a user, n(a) = sum_b n(a, b) and p(b) = n(b) / sum n,  lift = n(a, b) / ((n(a) + SHRINK) p(b))
@@ -291,10 +291,10 @@ class Facts:
     def measure(self, user, history, candidates):
         """[(together, title, popularity, …)] of the candidates, what is `measured`, before it is made levels."""
         own, near, words = self.training.get(user, {}), defaultdict(float), defaultdict(float)
-        count = lambda item: max(1, len(self.users_of.get(item.id, ())) - (item.id in own))
+        count = lambda i: max(1, len(self.users_of.get(i, ())) - (i in own))
         for age, item in enumerate(reversed(history)):
             for other in self.users_of.get(item.id, ()):
-                near[other] += self.DECAY**age / math.sqrt(count(item))
+                near[other] += self.DECAY**age / math.sqrt(count(item.id))
             for w, x in self.tfidf(item).items():
                 words[w] += self.DECAY**age * x
         near.pop(user, None)
@@ -302,16 +302,16 @@ class Facts:
             had = defaultdict(float)
             for u, x in near.items():
                 for i in self.training[u]:
-                    had[i] += x / len(self.training[u]) / max(1, len(self.users_of[i]) - (i in own))
+                    had[i] += x / len(self.training[u]) / count(i)
             others = {u for c in candidates for u in self.users_of.get(c.id, ())} - {user}
             near = {u: sum(had.get(i, 0.0) for i in self.training[u]) / len(self.training[u]) for u in others}
-        rows = []
-        for item in candidates:
+        rows, lifts = [], [self.lifts(name, user, history, candidates) for name in self.values]
+        for n, item in enumerate(candidates):
             users = self.users_of.get(item.id, ())
-            together = sum(near[u] for u in users if u in near) / math.sqrt(count(item))
-            rows.append((together, sum(x * words[w] for w, x in self.tfidf(item).items() if w in words), len(users) - (item.id in own)))
-        lifts = [self.lifts(name, user, history, candidates) for name in self.values]
-        return [row + more for row, more in zip(rows, zip(*lifts) if lifts else [()] * len(rows))]
+            together = sum(near[u] for u in users if u in near) / math.sqrt(count(item.id))
+            title = sum(x * words[w] for w, x in self.tfidf(item).items() if w in words)
+            rows.append((together, title, len(users) - (item.id in own), *(column[n] for column in lifts)))
+        return rows
 
     def beside(self, user, history, candidates):
         """The candidates (Items) with their facts. user: None where he is not of this data set."""
@@ -345,7 +345,7 @@ def fit_scorecard(dataset, num_lists=2000, num_candidates=20, history_length=10,
     for name in dataset.facts.names:
         no, yes = ([count[name, level] + more for level in range(10)] for count, more in zip(seen, (num_candidates - 1, 1)))
         weights = [math.log(y / sum(yes)) - math.log(n / sum(no)) for y, n in zip(yes, no)]
-        usual = max(zip(map(sum, zip(no, yes)), weights))[1]
+        usual = weights[max(range(10), key=lambda level: no[level] + yes[level])]
         points[name] = [max(0, round(nat * (w - usual))) for w in weights]
         common += usual
     return Scorecard(points, math.ceil(-nat * common))

@@ -1190,7 +1190,7 @@ def run_command(train):
         raise InputError("--test-time and --test-lengths measure seconds: start them without torchrun")
     dataset, device, dtype = train.rank_0_first(lambda: check_common_flags(args))
     if train.rank():
-        if not args.model or args.open_ended:
+        if not args.model or args.open_ended is not None:
             return
         args.save_candidates = baselines = None
     device = train.own_gpu(device)
@@ -1204,8 +1204,8 @@ def run_command(train):
         queries = data.query_source(dataset, seed=args.seed).draw("test", args.eval_lists or 100)
         model, tokenizer = policy.load(args.model, device, dtype, dataset.texts(), args.seed)
         fill_model_defaults(args, model)
-        responses = train.gather(rerec.answer_open_ended(model, tokenizer, train.part(queries), replace(sampling_of(args), greedy=True)))
-        return train.rank() or evaluate_open_ended(dataset, list(zip(queries, responses)), out)
+        responses = rerec.answer_open_ended(model, tokenizer, queries, replace(sampling_of(args), greedy=True))
+        return evaluate_open_ended(dataset, list(zip(queries, responses)), out)
     if args.run and flags.get("method") == "rerec":
         return evaluate_rerec_run(args, flags, out, dataset, device, dtype, train)
     if dataset.bench:

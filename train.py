@@ -219,7 +219,7 @@ def check_method_flags(parser, args):
 
 # --- several processes ---------------------------------------------------------------------------------------------------
 # Every process draws the same batches from the same seeds, and works on its part of each. Without torchrun there is one process,
-# of rank 0, and these functions do nothing. What waits for other processes stands in train.py and in eval.py's run_command.
+# of rank 0, and these functions do nothing. What waits for other processes stands in train.py, and in eval.py where it shares its lists.
 
 TIMEOUT = timedelta(minutes=30)  # for which a process waits for the others: more than a slow rollout or a download takes
 BUCKET = 2**24  # gradients summed at once: 64 MB in float32
