@@ -335,8 +335,8 @@ class Scorecard:
 
 def fit_scorecard(dataset, num_lists=2000, num_candidates=20, history_length=10, nat=2):
     """Weights of evidence of the dataset's facts: log P(level | chosen) / P(level | not chosen) over lists of training, and a list more for
-    each level, whose candidates all have it: a level hardly seen says next to nothing. Points: what a weight has beyond that of its
-    fact's commonest level, `nat` a unit; less than that counts as nothing."""
+    each level, whose candidates all have it: a level hardly seen says next to nothing. Points: `nat` for each unit (natural logarithm) by
+    which a weight exceeds that of its fact's commonest level, rounded; a weight below that one has none."""
     seen = [Counter(), Counter()]  # of the candidates not chosen, chosen
     for e in dataset.examples("train", num_lists, num_candidates, history_length):
         for item, relevance in zip(e.candidates, e.relevance):
@@ -386,7 +386,7 @@ def make_item(item_id, title, attributes):
     """An Item of cleaned text. A missing title is replaced by what is known."""
     attributes = {name: tuple(filter(None, map(clean, values))) for name, values in attributes.items()}
     attributes = {name: values for name, values in attributes.items() if values}
-    return Item(item_id, clean(title) or " ".join(["untitled", *(v[-1] for v in attributes.values())]), attributes)
+    return Item(item_id, clean(title) or clean(" ".join(["untitled", *(v[-1] for v in attributes.values())])), attributes)
 
 
 # --- loading ------------------------------------------------------------------------------------------------------------
@@ -417,14 +417,14 @@ def _without_garbage_collection():
 
 @_without_garbage_collection()
 def load(name, split=None, seed=0, negatives="uniform", cache_dir=None, mirror=None, skip_bad_lines=False, since=None, until=None,
-         core=0, require=(), data_dir=None):
+         core=0, require=(), data_dir=None, history_length=10):
     """Load a data set by name or folder. Raises InputError.
 
     split: "temporal", "leave-one-out" or None for the source's own default. negatives: see Dataset. cache_dir holds downloads
     and parsed files. mirror: a URL to take the files from instead of their official places. since, until: dates; only
     interactions of since <= time < until are kept. core: keep only users and items with that many interactions, again and again.
     require: names of Amazon metadata fields; items without one of them are dropped with their interactions. data_dir: the folder
-    of RecBench+'s files, for "recbench:movie" and "recbench:book".
+    of RecBench+'s files, for "recbench:movie" and "recbench:book", whose queries come with history_length items of history.
     """
     if name == "toy":
         if split:
@@ -435,7 +435,9 @@ def load(name, split=None, seed=0, negatives="uniform", cache_dir=None, mirror=N
     if name.startswith("recbench:"):
         if not data_dir:
             raise InputError(f"--data {name}: give the folder of the benchmark's files with --data-dir. {WHERE}")
-        bench = load_recbench(data_dir, name.partition(":")[2])
+        if split or since or until or core or require or skip_bad_lines or negatives != "uniform":
+            raise InputError("--split, --since, --until, --core, --require, --skip-bad-lines and --negatives do not apply to RecBench+'s files; leave them out")
+        bench = load_recbench(data_dir, name.partition(":")[2], history_length)
         return Dataset(name.replace(":", "-"), bench.items, {}, {"train": [], "validation": [], "test": []}, {}, bench=bench)
     cache = Path(cache_dir or DEFAULT_CACHE).expanduser()
     default = "leave-one-out"
@@ -962,35 +964,40 @@ def read_atomic(path, required, bad):
     return types, rows()
 
 
+def _companion(path, suffix):
+    """NAME.suffix beside NAME.inter, whatever dots the name has."""
+    return path.with_name(path.name.removesuffix(".inter") + suffix)
+
+
 def atomic_files(folder):
     """[NAME.inter, NAME.item] and those of .user, .kg, .link that are there."""
-    names = sorted(p.stem for p in folder.glob("*.inter"))
-    if len(names) != 1:
-        raise InputError(f"{folder}: expected one NAME.inter file, found {len(names)}")
-    base = folder / names[0]
-    if not base.with_suffix(".item").exists():
-        raise InputError(f"{folder}: {base.name}.inter is there, but {base.name}.item (the catalogue: item_id, title, …) is missing")
-    return [base.with_suffix(s) for s in (".inter", ".item", ".user", ".kg", ".link") if s in (".inter", ".item") or base.with_suffix(s).exists()]
+    found = list(folder.glob("*.inter"))
+    if len(found) != 1:
+        raise InputError(f"{folder}: expected one NAME.inter file, found {len(found)}")
+    files = {suffix: _companion(found[0], suffix) for suffix in (".inter", ".item", ".user", ".kg", ".link")}
+    if not files[".item"].exists():
+        raise InputError(f"{folder}: {found[0].name} is there, but {files['.item'].name} (the catalogue: item_id, title, …) is missing")
+    return [path for path in files.values() if path.exists()]
 
 
 def read_recbole(interactions, *others, bad, require=()):
-    base = interactions.with_suffix("")
-    items = _read_items(base, bad)
-    sequences, has_clock = _read_interactions(base, items, bad)
+    items = _read_items(interactions, bad)
+    sequences, has_clock = _read_interactions(interactions, items, bad)
     users = {}
-    if base.with_suffix(".user") in others:
-        _, rows = read_atomic(base.with_suffix(".user"), ["user_id"], bad)
+    if _companion(interactions, ".user") in others:
+        _, rows = read_atomic(_companion(interactions, ".user"), ["user_id"], bad)
         users = {row.pop("user_id"): {k: clean(v) for k, v in row.items()} for _, row in rows}
     return Raw(items, sequences, has_clock, users)
 
 
-def _read_items(base, bad):
-    types, rows = read_atomic(base.with_suffix(".item"), ["item_id"], bad)
-    title_field = next((n for n in types if n == "title"), None) or next((n for n in types if "title" in n or n == "name"), None)
+def _read_items(interactions, bad):
+    path = _companion(interactions, ".item")
+    types, rows = read_atomic(path, ["item_id"], bad)
+    title_field = "title" if "title" in types else next((n for n in types if "title" in n or n == "name"), None)
     if title_field is None:
-        raise InputError(f"{base.name}.item: no title column (`title`, `movie_title` or `name`); it has {', '.join(types)}")
+        raise InputError(f"{path.name}: no title column (`title`, `movie_title` or `name`); it has {', '.join(types)}")
     features = [n for n, kind in types.items() if n not in ("item_id", title_field) and kind.startswith("token")]
-    knowledge = _read_knowledge(base, bad)
+    knowledge = _read_knowledge(_companion(interactions, ".kg"), _companion(interactions, ".link"), bad)
     items = {}
     for _, row in rows:
         attributes = {}
@@ -1007,26 +1014,25 @@ def _read_items(base, bad):
     return items
 
 
-def _read_knowledge(base, bad):
+def _read_knowledge(graph, link, bad):
     """NAME.kg + NAME.link, where both are there: item id -> {relation: the names it leads to}."""
-    if not (base.with_suffix(".kg").exists() and base.with_suffix(".link").exists()):
+    if not (graph.exists() and link.exists()):
         return {}
-    item_of = {row["entity_id"]: row["item_id"] for _, row in read_atomic(base.with_suffix(".link"), ["item_id", "entity_id"], bad)[1]}
+    item_of = {row["entity_id"]: row["item_id"] for _, row in read_atomic(link, ["item_id", "entity_id"], bad)[1]}
     knowledge = {}
-    for _, row in read_atomic(base.with_suffix(".kg"), ["head_id", "relation_id", "tail_id"], bad)[1]:
+    for _, row in read_atomic(graph, ["head_id", "relation_id", "tail_id"], bad)[1]:
         if row["head_id"] in item_of and (value := clean(row["tail_id"])):
             relations = knowledge.setdefault(item_of[row["head_id"]], {})
             relations[row["relation_id"]] = relations.get(row["relation_id"], ()) + (value,)
     return knowledge
 
 
-def _read_interactions(base, items, bad):
-    path = base.with_suffix(".inter")
+def _read_interactions(path, items, bad):
     types, rows = read_atomic(path, ["user_id", "item_id"], bad)
     sequences = {}
     for number, row in rows:
         if row["item_id"] not in items:
-            bad(path, number, f"item {row['item_id']!r} is not in {base.name}.item")
+            bad(path, number, f"item {row['item_id']!r} is not in {_companion(path, '.item').name}")
             continue
         try:
             timestamp = number_of(row.get("timestamp") or 0)
@@ -1166,8 +1172,8 @@ class QueryBuilder:
 
     The positive is an interaction to predict of the split, so nothing held out can be a training positive; what the user
     touches after it, or ever, is neither a negative nor named. Conditions are attribute values of the positive that at least
-    three items and at most half of the catalogue have; a negative lacks at least one of them, `near_misses` of the negatives
-    only one. The kinds:
+    three items and at most half of the catalogue have; a negative lacks at least one of them, and about `near_misses` of the
+    negatives meet at least one (so, of two conditions, all but one). The kinds:
       explicit      the values themselves
       implicit      each value by items that have it: one, or two whose only common value of that attribute it is
       misinformed   the first value by an item that has it, with a wrong value stated for that item; the others themselves
@@ -1178,6 +1184,7 @@ class QueryBuilder:
     def __init__(self, dataset, kinds=None, max_conditions=3, num_candidates=20, history_length=10, near_misses=0.25, seed=0):
         self.dataset, self.num_candidates, self.history_length, self.seed = dataset, num_candidates, history_length, seed
         self.max_conditions, self.near_misses = max_conditions, near_misses
+        self.keys = {i: title_key(item.title) for i, item in dataset.items.items()}  # two items of one title cannot be told apart
         self.with_fact = {}
         for item in dataset.items.values():
             for fact in facts_of(item):
@@ -1250,7 +1257,7 @@ class QueryBuilder:
             count = len(conditions)
             wishes = [WORDING.get(name, ("", f"with {name.replace('_', ' ')} {{}}"))[1].format(value) for name, value in conditions]
             for n, (name, value) in enumerate(conditions if kind == "implicit" else conditions[:1] if kind == "misinformed" else ()):
-                named = self._witnesses(rng, (name, value), touched)
+                named = self._witnesses(rng, (name, value), positive, touched)
                 if named is None:
                     return None
                 touched |= {x.id for x in named}  # what the request names is not what it asks for
@@ -1271,23 +1278,23 @@ class QueryBuilder:
                      tuple(conditions))
 
     def _common_interest(self, rng, past, facts):
-        pairs = [(a, b) for n, a in enumerate(past) for b in past[:n] if a.title != b.title]
+        pairs = [(a, b) for n, a in enumerate(past) for b in past[:n] if self.keys[a.id] != self.keys[b.id]]
         for a, b in rng.sample(pairs, len(pairs)):
             common = [f for f in self.facts[a.id] if f in self.facts[b.id]]
             if 0 < len(common) <= self.max_conditions and all(f in facts for f in common):
                 return common, [f"{a.title} and {b.title}"]
         return [], []
 
-    def _witnesses(self, rng, fact, touched):
+    def _witnesses(self, rng, fact, positive, touched):
         """Items that identify a value: one that has no other of that attribute, or two whose only common one it is; or None."""
         name, value = fact
-        known = [self.dataset.items[i] for i in self.with_fact[fact] if i not in touched]
+        known = [self.dataset.items[i] for i in self.with_fact[fact] if i not in touched and self.keys[i] != self.keys[positive.id]]
         known = rng.sample(known, min(8, len(known)))
         for n, a in enumerate(known):
             if len(a.attributes[name]) == 1:
                 return [a]
             for b in known[:n]:
-                if a.title != b.title and set(a.attributes[name]) & set(b.attributes[name]) == {value}:
+                if self.keys[a.id] != self.keys[b.id] and set(a.attributes[name]) & set(b.attributes[name]) == {value}:
                     return [b, a]
         return None
 
@@ -1307,11 +1314,10 @@ class QueryBuilder:
             for _ in range(50 * self.num_candidates):
                 yield rng.choice(self.dataset.item_ids)
 
-        chosen, titles = [positive], {positive.title.casefold()}
+        chosen, titles = [positive], {self.keys[positive.id]}
         for i in proposals():
-            title = items[i].title.casefold()
-            if len(chosen) < self.num_candidates and i not in touched and title not in titles and not meets(i):
-                titles.add(title)
+            if len(chosen) < self.num_candidates and i not in touched and self.keys[i] not in titles and not meets(i):
+                titles.add(self.keys[i])
                 chosen.append(items[i])
         rng.shuffle(chosen)
         return chosen if len(chosen) == self.num_candidates else None
@@ -1385,8 +1391,8 @@ class RecBench:
         return held
 
 
-def load_recbench(folder, domain="movie", kinds=None, history_length=10):
-    """Read dataset/{domain}/ of a RecBench+ copy. kinds: which query files must be there; None takes those that are.
+def load_recbench(folder, domain="movie", history_length=10):
+    """Read dataset/{domain}/ of a RecBench+ copy, with those of its query files that are there.
 
     movie: movies.dat (`id::title (year)::genre|genre`) is the catalogue, ids are its ids; ratings.dat (`user::id::rating::time`)
     beside it is optional and gives histories, without the right items and all others known to meet the conditions.
@@ -1400,11 +1406,6 @@ def load_recbench(folder, domain="movie", kinds=None, history_length=10):
     if base is None:
         raise InputError(f"{folder}: no folder dataset/{domain} there. {WHERE}")
     found = [k for k, name in RECBENCH_FILES.items() if (base / name).is_file()]
-    for kind in found if kinds is None else kinds:
-        if kind not in RECBENCH_FILES:
-            raise InputError(f"RecBench+ has the kinds {', '.join(RECBENCH_FILES)}, not {kind!r}")
-        if kind not in found:
-            raise InputError(f"{base}: {RECBENCH_FILES[kind]} is missing. {WHERE}")
     if not found:
         raise InputError(f"{base}: no query file there (such as {RECBENCH_FILES['explicit']}). {WHERE}")
     catalogue = base / f"{domain}s.dat"
@@ -1426,7 +1427,7 @@ def load_recbench(folder, domain="movie", kinds=None, history_length=10):
 
     records = {}  # query id -> fields, in file order
     facts = defaultdict(lambda: defaultdict(dict))  # the innermost dict is an ordered set
-    for kind in found if kinds is None else kinds:
+    for kind in found:
         read = _condition_record if kind in ("explicit", "implicit", "misinformed") else _profile_record
         for number, record in enumerate(_read_json_list(base / RECBENCH_FILES[kind])):
             where = f"{base / RECBENCH_FILES[kind]} record {number}"
@@ -1474,11 +1475,11 @@ def recbench_queries(bench, queries=None, num_candidates=20, seed=0):
         rng = random.Random(f"{seed}/{query.id}")
         excluded = {*query.truths, *(h.id for h in query.history), *bench.touched.get(query.user, ()),
                     *_meeting(held, query.conditions)}
-        taken = {bench.items[t].title for t in query.truths}
+        taken = {title_key(bench.items[t].title) for t in query.truths}
         positive = rng.choice(query.truths)
         for size in (len(excluded) + 2 * num_candidates, len(ids)):  # the second only when many titles are equal
             drawn = [i for i in rng.sample(ids, min(size, len(ids))) if i not in excluded]
-            unequal = {bench.items[i].title: i for i in drawn if bench.items[i].title not in taken}
+            unequal = {key: i for i in drawn if (key := title_key(bench.items[i].title)) not in taken}
             negatives = list(unequal.values())[:num_candidates - 1]
             if len(negatives) == num_candidates - 1:
                 break

@@ -1074,7 +1074,7 @@ def check_common_flags(args):
     if args.model:
         policy.resolve(args.model)
     dataset = data.load(args.data, args.split, args.seed, args.negatives, args.cache_dir, args.mirror, args.skip_bad_lines, args.since,
-                        args.until, args.core, args.require, args.data_dir)
+                        args.until, args.core, args.require, args.data_dir, args.history_length)
     if args.facts:
         if dataset.bench:
             raise InputError("--facts are about lists to rank, and RecBench+'s files hold requests; leave it out")

@@ -775,7 +775,7 @@ def template_lessons(dataset, args, rng):
     """Endless (history, candidates, responses): of each list, up to 3 candidates that the built-in teacher likes and twice as
     many that it does not."""
     fruitless = 0
-    scorecard = data.fit_scorecard(dataset, history_length=args.history_length) if args.teacher == "tally" else None
+    scorecard = data.fit_scorecard(dataset, num_candidates=args.num_candidates, history_length=args.history_length) if args.teacher == "tally" else None
     for target in endless(dataset, "train", f"sft/{args.seed}"):
         if fruitless == 1000:
             needs = "facts that carry evidence" if scorecard else "attributes, such as a brand, that items share"
@@ -1419,7 +1419,7 @@ def fill_defaults(args, model, device):
         # The toy's words and titles are a token each: four claims about an item, and a box.
         args.max_new_tokens = given or (24 + 4 * args.list_length if args.data == "toy" and tiny else args.max_new_tokens)
         own = (("steps", 80, 200), ("lr", 1.5e-4, 5e-6), ("sft_steps", 550, 200 if args.teacher else 0), ("sft_lr", 1.5e-3, 1e-5),
-               ("group_size", 8, 5), ("max_conditions", 2, 3), ("num_queries", 400, 2000))
+               ("group_size", 8, 5), ("num_queries", 400, 2000))
     else:
         # With facts a tiny model sees real data. There a fast head becomes certain (its scores run away), and certain lists teach nothing.
         own = (("steps", 30, 200), ("lr", 5e-5, 6e-6), ("head_lr", 3e-4, 3e-5), ("warmup_steps", 2, 4), ("warmup_lr", 1e-3, 1e-3),
@@ -1466,6 +1466,8 @@ def main():
     if dataset.bench and args.method != "rerec":
         raise InputError(f"--data {args.data}: these are requests, for --method rerec")
     if args.method == "rerec":
+        if dataset.bench and args.max_conditions and not args.resume:
+            raise InputError("--max-conditions is about requests built from a catalogue; RecBench+'s have their own: leave it out")
         args.max_conditions = args.max_conditions or (2 if args.model == "tiny" else 3)
         source = data.query_source(dataset, args.query_kinds, args.max_conditions, args.num_candidates, args.history_length, args.seed)
     for split in ("train", "test"):  # an empty split, too small a catalogue, or a kind that finds no request is an error before any model

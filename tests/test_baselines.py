@@ -59,6 +59,22 @@ def test_bpr_ranks_unseen_items_of_the_own_block_higher():
     assert (lowest_unseen > highest_other).all()
 
 
+def test_bpr_and_its_regulariser_step_by_step():
+    """Each user has all items but one, the negative: full batches, so twenty steps of Adam on the written loss, propagated densely."""
+    pairs = torch.tensor([(u, i) for u in range(4) for i in range(4) if i != u])
+    fit = lambda epochs: fit_lightgcn(4, 4, pairs, dim=6, layers=2, epochs=epochs, lr=0.05, l2=0.5).embedding.detach()
+    weight = fit(0).double().requires_grad_()
+    optimizer = torch.optim.Adam([weight], lr=0.05)
+    rows = torch.stack([pairs[:, 0], 4 + pairs[:, 1], 4 + pairs[:, 0]])  # user, item, the item that the user lacks
+    for _ in range(20):
+        u, i, j = dense_propagation(weight, 4, 4, pairs, 2)[rows]
+        loss = -torch.log(torch.sigmoid((u * i).sum(1) - (u * j).sum(1))).mean() + 0.5 * weight[rows].square().sum(-1).sum(0).mean() / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.testing.assert_close(fit(20), weight.detach().float(), atol=1e-4, rtol=1e-4)
+
+
 def test_lightgcn_counts_a_pair_once_and_follows_from_its_seed():
     pairs = blocks()
     state = torch.get_rng_state()

@@ -44,6 +44,14 @@ def test_atomic_files_are_read_as_typed(tmp_path):
     assert d.sequences["a"][0].rating == 5.0
 
 
+def test_names_with_dots_and_titles_that_are_missing(tmp_path):
+    folder = write(tmp_path / "s", INTER + "a\tx\t4\t1700086400\n", ITEM + f"x\t\t{'B' * 299}\tK {'k' * 290}\n", "shop_2.0")
+    (folder / "shop_2.0.user").write_text("user_id:token\tage:token\na\t30\n")
+    d = data.load(str(folder))
+    assert d.name == "shop_2.0" and d.users == {"a": {"age": "30"}} and list(d.sequences) == ["a"]
+    assert d.items["x"].title.startswith("untitled BBB") and len(d.items["x"].title) == data.MAX_TEXT
+
+
 def test_history_lines_carry_age_and_rating(tmp_path):
     start = 1_600_000_000
     inter = "".join(f"a\ti{n}\t{n + 1}\t{start + 86400 * days}\n" for n, days in enumerate((0, 370, 395, 399, 400)))

@@ -63,6 +63,14 @@ def test_facts_by_brute_force(shop, split):
                 assert c.facts[name] == sum(bool(set(c.attributes.get(name, ())) & set(h.attributes.get(name, ()))) for h in e.history)
 
 
+def test_counts_stop_at_nine(shop):
+    """A level is a digit: `tiny` has a token for no other, and a scorecard points."""
+    same = [x for x in shop.items.values() if x.attributes["brand"] == ("B1",)]
+    for n in (8, 9, 10, 12):
+        [told] = shop.facts.beside(None, (same * 3)[:n], same[:1])
+        assert told.facts["brand"] == min(9, n)
+
+
 def smooth_by_brute_force(dataset, user, history, candidate):
     """(together, brand, categories) of --smooth-facts, from a dense matrix and lists of pairs, without the user."""
     had = [{x.item_id for x in s[:dataset.train_length[u]]} for u, s in dataset.sequences.items() if u != user]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import data
 from data import InputError, load_recbench, recbench_queries, split_queries, title_key
 from rewards import open_ended
 from test_train import run
@@ -314,6 +315,23 @@ def test_two_candidates_never_share_a_title(write):
         recbench_queries(bench, num_candidates=4)
 
 
+def test_nor_titles_that_differ_in_case_alone(write):
+    """An answer would name both."""
+    folder = write("book", Explicit=[book(bookSubset=["Emma"])])
+    (folder / "dataset/book/books.dat").write_text("1::Emma\n2::EMMA\n3::Dune\n4::dune\n")
+    for seed in range(20):
+        [query] = recbench_queries(load_recbench(folder, "book"), num_candidates=2, seed=seed)
+        assert sorted(c.title.lower() for c in query.candidates) == ["dune", "emma"] and query.truths == ("1",)
+
+
+def test_flags_that_say_nothing_here_are_refused(write):
+    folder = write(Explicit=[record()])
+    for flag in ({"since": "2020-01-01"}, {"until": "2020-01-01"}, {"core": 5}, {"require": ["price"]}, {"split": "temporal"}, {"negatives": "popularity"},
+                 {"skip_bad_lines": True}):
+        with pytest.raises(InputError, match="do not apply to RecBench"):
+            data.load("recbench:movie", data_dir=folder, **flag)
+
+
 def test_books_without_a_catalogue_file(write):
     bench = load_recbench(write("book", Explicit=[book(), book(data_idx=8, bookSubset=["Dune"])]), "book")
     assert list(bench.items) == ["Emma", "Dune"] and bench.queries[0].truths == ("Emma",)
@@ -326,7 +344,7 @@ def test_ratings_give_the_history_and_are_never_negatives(write):
     rated = [5000, 5003, 356, 5001, 2028] + list(range(5004, 5020))
     rows = [f"2326::{m}::4::{100 - n}\n" for n, m in enumerate(rated)] + ["4411::515::5::1\n", "4411::1::5::2\n"]
     (folder / "dataset/movie/ratings.dat").write_text("".join(rows))
-    bench = load_recbench(folder, history_length=3)
+    bench = data.load("recbench:movie", data_dir=folder, history_length=3).bench
     assert [h.id for h in bench.queries[0].history] == ["5001", "5003", "5000"]  # oldest first, without the right items
     assert [h.id for h in bench.queries[1].history] == ["1"]  # nor 515, which is known to meet the condition
     for seed in range(50):
@@ -383,10 +401,8 @@ def test_missing_files_are_named(write, tmp_path):
         load_recbench(folder)
     write(Explicit=[record()])
     assert len(load_recbench(folder / "dataset").queries) == 1  # the dataset folder itself will do
-    with pytest.raises(InputError, match="movie: ImplicitQuery.json is missing.*github.com/jiani-huang/RecBench"):
-        load_recbench(folder, kinds=["explicit", "implicit"])
-    with pytest.raises(InputError, match="not 'expliciit'"):
-        load_recbench(folder, kinds=["expliciit"])
+    with pytest.raises(InputError, match="no implicit queries in these files; there are explicit"):
+        data.query_source(data.load("recbench:movie", data_dir=folder), ["explicit", "implicit"])
     with pytest.raises(InputError, match="movie and book, not 'music'"):
         load_recbench(folder, "music")
     (folder / "dataset/movie/movies.dat").write_text("1::Toy Story (1995)::Comedy\nnonsense\n")
@@ -460,5 +476,6 @@ def test_training_and_answering_on_recbench_records(write, tmp_path):
     run("eval.py", "--open-ended", "--run", tmp_path / "r", "--eval-lists", 3, "--max-new-tokens", 8, "--out", "open.json", cwd=tmp_path)
     assert json.loads((tmp_path / "open.json").read_text())["num_queries"] in (2, 3)  # as many as the test users have
     for flags, words in ((data_flags, "--method rerec"), (["--method", "rerec", *data_flags, "--query-kinds", "interest"], "no interest queries"),
+                         (["--method", "rerec", *data_flags, "--max-conditions", 1], "have their own"),
                          (["--method", "rerec", "--data", "recbench:book", "--data-dir", str(tmp_path)], "dataset/book")):
         assert words in run("train.py", *flags, "--out", tmp_path / "s", cwd=tmp_path, code=2).stderr
