@@ -562,7 +562,8 @@ def query_answers(model, tokenizer, queries, sampling, personalized=False, list_
 def summarise_queries(queries, rows):
     """{metric: interval} over all requests, and the same under by_kind and by_conditions."""
     def summary(chosen):
-        return {m: interval([rows[n][m] for n in chosen]) for m in rerec.METRICS} | {"num_queries": len(chosen)}
+        users = [queries[n].user or queries[n].id for n in chosen]
+        return intervals({m: [rows[n][m] for n in chosen] for m in rerec.METRICS}, users) | {"num_queries": len(chosen)}
 
     def split(label):
         values = sorted({label(q) for q in queries})
@@ -1180,8 +1181,12 @@ def run_command(train):
         raise InputError("--probe-orders 1: there is nothing to compare; give at least 2")
     if not args.model and (args.probe_orders or args.explain):
         raise InputError("--probe-orders and --explain look at a language model: add --run or --model")
+    rerec_run = args.run and flags.get("method") == "rerec"
+    lists_alone = ("baselines", "slices", "probe_orders", "save_predictions", "candidates", "save_candidates")
+    if rerec_run and (ignored := [f"--{k.replace('_', '-')}" for k in lists_alone if getattr(args, k) not in (None, False)]):
+        raise InputError(f"{', '.join(ignored)}: about lists to rank, and this is a run of --method rerec, which answers requests; leave it out")
     thinking = args.test_time or args.test_lengths
-    if thinking and (not args.model or args.run and flags.get("method") == "rerec"):
+    if thinking and (not args.model or rerec_run):
         raise InputError("--test-time and --test-lengths are about R2Rank's rationales: add --run of such a run, or --model")
     out = Path(args.out) if args.out else Path(args.run or ".") / "eval.json"
     check_file("--out", out)
@@ -1206,7 +1211,7 @@ def run_command(train):
         fill_model_defaults(args, model)
         responses = rerec.answer_open_ended(model, tokenizer, queries, replace(sampling_of(args), greedy=True))
         return evaluate_open_ended(dataset, list(zip(queries, responses)), out)
-    if args.run and flags.get("method") == "rerec":
+    if rerec_run:
         return evaluate_rerec_run(args, flags, out, dataset, device, dtype, train)
     if dataset.bench:
         raise InputError(f"--data {args.data}: these are requests, for a run of train.py --method rerec (--run DIR) or for --open-ended")

@@ -58,7 +58,7 @@ def build_prompt(tokenizer, query, personalized=False, list_length=1):
     prefix = ("My history, oldest first:\n" + "".join(history) if history else "") + f"Request: {query.text}\nCandidates:\n"
     prefix += "".join(f"- {shown_title(c)}\n" for c in query.candidates)
     # Whatever an item's text or the request spells, quoting it must not make an answer (titles: `shown_title`).
-    return policy.encode_prompt(tokenizer, system_message(list_length), prefix.replace("\\boxed", "boxed"), [""])
+    return policy.encode_prompt(tokenizer, system_message(list_length), re.sub(r"\\+boxed", "boxed", prefix), [""])
 
 
 def template_trace(query, rng, list_length=1):
@@ -76,7 +76,9 @@ def template_trace(query, rng, list_length=1):
     lines, left, last = [_claim(f, first) for f in facts_of(first)[:1]], query.candidates, first
     for name, value in conditions:
         meeting = [c for c in query.candidates if value in c.attributes.get(name, ())]
-        left = [c for c in left if c in meeting] or meeting or left
+        if not meeting:  # what no candidate shows (RecBench+: a film's actors), the teacher does not claim
+            continue
+        left = [c for c in left if c in meeting] or meeting
         last = rng.choice(left)
         lines.append(_claim((name, value), last))
     chosen = first if rng.random() < 0.6 else last
@@ -115,20 +117,23 @@ class Judged:
     preference_alignment: float
 
 
+def answers_ndcg(answers, truths, k):
+    """NDCG@k of the ids answered; a right item that was not answered ranks below k that were."""
+    relevance = [float(a in truths) for a in answers]
+    return ndcg_at_k(relevance + [0.0] * (k - len(relevance)) + [1.0] * (len(truths) - int(sum(relevance))), k)
+
+
 def score_response(text, query, graph=None, embeddings=None, weights=(0.01, 0.01), list_length=1):
     """r = NDCG@K + 0.1 F + w1 QAS + w2 PAS of one response (METHODS §2); K = list_length, further answers do not count."""
     boxed = parse_boxed(text)
     answers = parse_answers(boxed, query.candidates)[:list_length]
-    first = answers[0] if answers else None
-    relevance = [float(a is not None and a.id in query.truths) for a in answers]
-    missed = [1.0] * (len(query.truths) - int(sum(relevance)))
-    ndcg = ndcg_at_k(relevance + [0.0] * (list_length - len(relevance)) + missed, list_length)
+    first, ids = answers[0] if answers else None, tuple(a.id if a else None for a in answers)
+    ndcg = answers_ndcg(ids, query.truths, list_length)
     qas = query_alignment(first.id, query.truths, graph or {}) if first and weights[0] else 0.0
     pas = preference_alignment(first.id, query.truths, embeddings or {}) if first and weights[1] else 0.0
     shaped = weights[0] * qas + weights[1] * pas
     reward = (ndcg + 0.05 if boxed is not None else -0.5 - 0.05) + shaped
-    return Judged(reward, ndcg, bool(relevance and relevance[0]), boxed is not None, tuple(a.id if a else None for a in answers),
-                  shown_title(first) if first else "", qas, pas)
+    return Judged(reward, ndcg, first is not None and first.id in query.truths, boxed is not None, ids, shown_title(first) if first else "", qas, pas)
 
 
 # --- advantage -------------------------------------------------------------------------------------------------------------
@@ -158,19 +163,23 @@ def token_offsets(tokenizer, ids):
 
 
 def names_title(paragraph, title, others=()):
-    """Whether a paragraph names a title as whole words, with or without its "(year)", and not inside one of the `others`."""
-    paragraph, title = normalise(paragraph), normalise(title)
-    bare = re.sub(r" ?\(\d{4}\)$", "", title)
+    """Whether a paragraph names a title as whole words, with or without its "(year)", and not inside one of the `others`, likewise.
+
+    Without the year it is not named where another's whole title is just that.
+    """
+    def undated(words):
+        return re.sub(r" ?\(\d{4}\)$", "", words)
 
     def stands(words):
         return rf"(?<!\w){re.escape(words)}(?!\w)"
 
-    for other in sorted((normalise(o) for o in others), key=len, reverse=True):
-        if bare and other != title and bare in other:
-            paragraph = re.sub(stands(other), "\n", paragraph)
-    if not title:
-        return False
-    return bool(re.search(stands(title), paragraph) or bare and re.search(stands(bare) + r"(?! ?\(\d{4}\))", paragraph))
+    paragraph, title, others = normalise(paragraph), normalise(title), set(map(normalise, others))
+    bare = undated(title)
+    longer = {words for other in others for words in (other, undated(other)) if bare and bare in words} - {title, bare}
+    for words in sorted(longer, key=lambda w: (-len(w), w)):
+        paragraph = re.sub(stands(words), "\n", paragraph)
+    return bool(title and re.search(stands(title), paragraph)
+                or bare and bare not in others and re.search(stands(bare) + r"(?! ?\(\d{4}\))", paragraph))
 
 
 def segment_rewards(text, offsets, reward, predicted_title, correct, penalty, other_titles=()):
@@ -281,7 +290,6 @@ class Rollout:
     responses: list[list[int]] = field(default_factory=list)
     judged: list[Judged] = field(default_factory=list)
     logprobs: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
 
@@ -309,7 +317,6 @@ def judge(tokenizer, rollout, graph=None, embeddings=None, weights=(0.01, 0.01),
             segment_rewards(text, offsets, judged.reward, judged.title, judged.correct, penalty, titles))
         mask[row, :len(ids)] = True
         rollout.judged.append(judged)
-    rollout.mask = mask
     rollout.advantages = torch.cat([group_advantages(r, m, min_std) for r, m in zip(token_rewards.split(G), mask.split(G))])
     return rollout
 
@@ -383,10 +390,7 @@ METRICS = ("accuracy", "ndcg@10", "format_rate", "length")
 
 def query_metrics(answers, truths, boxed=True, length=0):
     """Metrics of one response, from the ids it answers: accuracy (top-1), NDCG@10 of its list, format, tokens."""
-    relevance = [float(a in truths) for a in answers]
-    missed = [1.0] * (len(truths) - int(sum(relevance)))
-    padded = relevance + [0.0] * (10 - len(relevance)) + missed  # an answer not given ranks below ten that are
-    return {"accuracy": float(bool(relevance and relevance[0])), "ndcg@10": ndcg_at_k(padded, 10), "format_rate": float(boxed),
+    return {"accuracy": float(bool(answers) and answers[0] in truths), "ndcg@10": answers_ndcg(answers, truths, 10), "format_rate": float(boxed),
             "length": float(length)}
 
 
@@ -412,6 +416,6 @@ OPEN_ENDED = "You are a recommendation assistant. Answer with the titles that fi
 
 def answer_open_ended(model, tokenizer, queries, sampling):
     """Responses to the requests alone, without candidates, for rewards.open_ended: texts."""
-    prompts = [policy.encode_prompt(tokenizer, OPEN_ENDED, f"Request: {q.text}".replace("[SEP]", "SEP"), [""]) for q in queries]
+    prompts = [policy.encode_prompt(tokenizer, OPEN_ENDED, re.sub(r"\[+SEP\]+", "SEP", f"Request: {q.text}"), [""]) for q in queries]
     rows, _ = policy.sample_rows(model, tokenizer, [p.prefix_ids for p in prompts], list(range(len(prompts))), [p.suffix_ids[0] for p in prompts], sampling)
     return tokenizer.batch_decode(rows, skip_special_tokens=True)

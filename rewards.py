@@ -55,7 +55,7 @@ def discounted_gains(relevance, k):
 
 def shown_title(item):
     """The title as prompts show it, so that no item's text can be taken for an answer: one line, no `\\boxed`, braces in pairs."""
-    title = " ".join(item.title.split()).replace("\\boxed", "boxed")
+    title = re.sub(r"\\+boxed", "boxed", " ".join(item.title.split()))
     depth = 0
     for c in title:
         depth += (c == "{") - (c == "}")

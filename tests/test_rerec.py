@@ -89,6 +89,40 @@ def test_nothing_held_out_stands_in_a_training_request(tmp_path):
     assert all(f"age {20 + int(q.user[1:]) % 9}" in q.text for q in demographics)
 
 
+def test_near_misses_and_wrong_values_stand_among_the_candidates(toy):
+    """Of two conditions a quarter of the negatives are drawn to meet just one; a misinformed request has an item with the value that it states."""
+    shares = []
+    for near in (0.0, 0.25):
+        queries = [q for q in data.QueryBuilder(toy, ["explicit"], max_conditions=2, near_misses=near).draw("train", 150) if q.num_conditions == 2]
+        met = [[sum(v in c.attributes[n] for n, v in q.conditions) for c in q.candidates] for q in queries]
+        assert all(counts.count(2) == 1 for counts in met)
+        shares.append(sum(counts.count(1) for counts in met) / (19 * len(met)))
+    assert shares[0] < 0.6 * shares[1] and shares[1] - shares[0] > 0.12
+    queries, there = data.QueryBuilder(toy, ["misinformed"], max_conditions=1, num_candidates=3).draw("train", 100), 0
+    for q in queries:
+        name = q.conditions[0][0]
+        stated = q.text.split(f"({name} ")[1].split(",")[0]
+        there += any(stated in c.attributes[name] for c in q.candidates)
+    assert there > 80  # not, where the user had it; by chance a fifth
+
+
+def test_conditions_are_neither_rare_nor_everywhere():
+    items = [Item(str(n), f"Item {n}", {"colour": ("red",) if n < 3 else ("blue",) if n < 5 else ("green",) if n < 15 else ("grey",), "size": ("all",)})
+             for n in range(30)]
+    builder = data.QueryBuilder(data.Dataset("x", {x.id: x for x in items}, {}, {}, {}))
+    assert {fact: len(ids) for fact, ids in builder.with_fact.items()} == {("colour", "red"): 3, ("colour", "green"): 10, ("colour", "grey"): 15}
+
+
+def test_a_request_never_names_its_answer():
+    """Real catalogues have items of one title: such a one is no clue to the other, nor a candidate beside it."""
+    items = [Item(f"p{n}", "Nail Polish" if n % 2 else "nail  polish", {"brand": ("OPI",)}) for n in range(4)]
+    items += [Item(f"q{n}", f"Top coat {n}", {"brand": ("OPI",)}) for n in range(2)] + [Item(f"r{n}", f"Brush {n}", {"brand": ("Sigma",)}) for n in range(30)]
+    dataset = data.Dataset("x", {x.id: x for x in items}, {"u": [data.Interaction("r0"), data.Interaction("p0")]}, {"train": [("u", 1)]}, {})
+    builder = data.QueryBuilder(dataset, ["implicit"], num_candidates=5)
+    for q in builder.draw("train", 40):
+        assert "olish" not in q.text and "Top coat" in q.text and sum("olish" in c.title for c in q.candidates) == 1
+
+
 def test_templates_of_train_and_test_differ():
     for kind in data.KINDS:
         train_, test = data.TEMPLATES[kind], data.TEMPLATES[f"{kind} test"]
@@ -144,7 +178,7 @@ def test_answers_are_matched_exactly():
 
 def test_item_text_wins_no_reward(tokenizer):
     """Titles that spell a box, break the line or leave braces open are defused where the prompt shows them."""
-    items = movies("Good", r"Bad \boxed{Good}", "Line\n\\boxed{Good}", "Open {brace", "}{")
+    items = movies("Good", r"Bad \boxed{Good}", "Line\n\\boxed{Good}", "Open {brace", "}{", r"Two \\boxed{Good}", r"Three \\\boxed{Good}")
     for item in items:
         shown = rewards.shown_title(item)
         assert "\\boxed" not in shown and "\n" not in shown and shown.count("{") == shown.count("}")
@@ -249,6 +283,13 @@ def test_titles_that_contain_one_another():
     assert penalised(text, "Alien", others=titles) == "Alien fits."
     assert penalised(text, "Alien 3", others=titles) == "Alien 3 fits."
     assert penalised("Alien 3 and Alien\n\\boxed{Alien}", "Alien", others=titles) == "Alien 3 and Alien"
+    dated = ["Alien (1979)", "Alien 3 (1992)", "Aliens (1986)", "Alien (2003)"]  # which are named without their year, too
+    text = "Alien 3 fits.\nAlien 3 (1992) too.\nAlien fits.\nAlien (2003), no.\n\\boxed{Alien (1979)}"
+    assert penalised(text, "Alien (1979)", others=dated) == "Alien fits."
+    assert penalised(text, "Alien 3 (1992)", others=dated) == "Alien 3 fits.Alien 3 (1992) too."
+    for text, title, want in (("Heat (1995) fits", "Heat (1995)", "Heat (1995) fits"), ("Heat fits", "Heat (1995)", ""), ("Heat fits", "Heat", "Heat fits"),
+                              ("Heat (1995) fits", "Heat", "")):
+        assert penalised(text, title, others=["Heat", "Heat (1995)"]) == want
 
 
 def test_a_penalty_is_never_a_gift():
@@ -403,11 +444,12 @@ def gradient(model, rollout, **settings):
 
 def test_judging_a_rollout(rollout):
     assert [j.correct for j in rollout.judged[::4]] == [True] * 3 and not rollout.judged[1].correct and rollout.judged[1].boxed
-    for group, mask in zip(rollout.advantages.split(4), rollout.mask.split(4)):
+    masks = torch.arange(rollout.advantages.shape[1]) < torch.tensor([len(r) for r in rollout.responses])[:, None]
+    for group, mask in zip(rollout.advantages.split(4), masks.split(4)):
         assert group[mask].mean().abs() < 1e-5 and group[mask].std(correction=0) == pytest.approx(1.0, abs=1e-4)
         assert not group[~mask].any()
     wrong = rollout.advantages[1]
-    assert wrong[0] < wrong[rollout.mask[1]][-1]  # its first paragraph names the wrong item, its box is exempt
+    assert wrong[0] < wrong[masks[1]][-1]  # its first paragraph names the wrong item, its box is exempt
 
 
 @pytest.mark.parametrize("kl_coef, temperature", [(0.0, 1.0), (0.3, 1.0), (0.3, 0.7)])
@@ -417,13 +459,14 @@ def test_update_is_the_gradient_of_the_written_objective(model, rollout, kl_coef
     base = policy.all_logprobs(model, rollout.prefixes, rollout.owner, rollout.suffixes, rollout.responses, temperature)[0]
     moved = copy_of(rollout, logprobs=base + 0.3 * torch.randn(base.shape, generator=generator),
                     ref_logprobs=base + 0.3 * torch.randn(base.shape, generator=generator))
-    loss, tokens = 0.0, sum(map(len, rollout.responses))
+    loss, tokens, clipped = 0.0, sum(map(len, rollout.responses)), 0
     for n, response in enumerate(rollout.responses):
         start = rollout.prefixes[rollout.owner[n]] + rollout.suffixes[n]
         logits = model(torch.tensor([start + response])).logits[0, len(start) - 1:-1] / temperature
         logprobs = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).squeeze(1)
         T, A = len(response), rollout.advantages[n, :len(response)]
         ratio = (logprobs - moved.logprobs[n, :T]).exp()
+        clipped += ((ratio < 0.8) | (ratio > 1.2)).sum().item()
         loss = loss - torch.minimum(ratio * A, ratio.clamp(0.8, 1.2) * A).sum() / tokens
         gap = moved.ref_logprobs[n, :T] - logprobs
         loss = loss + kl_coef * (gap.exp() - gap - 1).sum() / tokens
@@ -434,7 +477,8 @@ def test_update_is_the_gradient_of_the_written_objective(model, rollout, kl_coef
         for share in (True, False):
             got, metrics = gradient(model, moved, kl_coef=kl_coef, temperature=temperature, micro_batch=micro_batch, share_prefix=share)
             assert (got - want).norm() / want.norm() < 1e-5
-            assert metrics["token_loss"] + kl_coef * metrics["kl"] == pytest.approx(loss.item(), abs=1e-5) and metrics["clipped"] > 0
+            assert metrics["token_loss"] + kl_coef * metrics["kl"] == pytest.approx(loss.item(), abs=1e-5)
+            assert metrics["clipped"] == pytest.approx(clipped / tokens) and clipped
 
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3])
@@ -459,7 +503,7 @@ def test_dead_groups_are_skipped_and_padding_does_not_count(model, rollout):
     got, metrics = gradient(model, some)
     assert metrics["dead_groups"] == 1
     pad = lambda x: torch.nn.functional.pad(x, (0, 5))
-    wide = copy_of(some, advantages=pad(dead), logprobs=pad(rollout.logprobs), mask=pad(rollout.mask))
+    wide = copy_of(some, advantages=pad(dead), logprobs=pad(rollout.logprobs))
     torch.testing.assert_close(gradient(model, wide)[0], got, atol=1e-7, rtol=1e-5)
     assert gradient(model, rollout)[1]["clipped"] == 0.0  # on policy
 
@@ -495,6 +539,15 @@ def test_template_traces_are_true_and_in_format(builder):
     assert 25 < right < 100 and 100 < first_named < 150  # hasty: sometimes right
 
 
+def test_the_teacher_claims_nothing_that_no_candidate_shows():
+    """RecBench+: who stars in a film stands in a request and not in the catalogue."""
+    items = [Item(f"m{n}", f"Film {n}", {"genre": ("War",) if n < 3 else ("Western",)}) for n in range(8)]
+    query = request(items, conditions=(("starring", "Tom Hanks"), ("genre", "War")))
+    for seed in range(20):
+        claims = rerec.template_trace(query, random.Random(seed)).split("\n")[:-1]
+        assert len(claims) == 2 and claims[0].startswith("genre W") and claims[1] in {f"genre War Film {n}" for n in range(3)}
+
+
 # --- metrics and command lines ---
 
 
@@ -504,9 +557,11 @@ def test_metrics_by_hand():
     assert rerec.query_metrics(["x", "a"], ("a",))["ndcg@10"] == pytest.approx(1 / math.log2(3))
     assert rerec.query_metrics(["a"], ("a", "b"))["ndcg@10"] == pytest.approx(1 / (1 + 1 / math.log2(3)))
     rows = [rerec.query_metrics([a], ("a",)) for a in "aabb"]
-    queries = [replace(request(movies("a")), kind=k, num_conditions=n) for k, n in (("implicit", 1), ("explicit", 2), ("explicit", 1), ("explicit", 1))]
+    queries = [replace(request(movies("a")), id=f"{k}{n}{m}", kind=k, num_conditions=n) for m, (k, n) in enumerate((("implicit", 1), ("explicit", 2), ("explicit", 1), ("explicit", 1)))]
     report = evaluation.summarise_queries(queries, rows)
     assert report["accuracy"]["mean"] == 0.5 and report["by_kind"]["explicit"]["accuracy"]["mean"] == pytest.approx(1 / 3)
+    ours = evaluation.summarise_queries([replace(q, user="u") for q in queries], rows)["accuracy"]  # one user's are drawn together
+    assert ours["low"] == ours["high"] == 0.5 and report["accuracy"]["low"] < 0.5
     assert report["by_conditions"]["2"]["accuracy"]["mean"] == 1.0 and report["by_kind"]["implicit"]["num_queries"] == 1
 
 
@@ -544,6 +599,7 @@ def test_a_run_and_its_evaluation(tmp_path):
     assert state["epoch"] == 1 and len(state["difficulty"]) == 6
     out = run("eval.py", "--run", folder, "--explain", 2).stdout
     assert json.loads((folder / "eval.json").read_text()) == report and out.count("=== request") == 2
+    assert "--baselines, --slices: about lists" in run("eval.py", "--run", folder, "--baselines", "--slices", code=2).stderr
 
 
 def test_plain_grpo_and_lists_of_answers(tmp_path):
