@@ -1022,7 +1022,8 @@ def add_common_flags(parser):
                    "that (auto: only for tiny, else beside)")
     g.add_argument("--smooth-facts", action="store_true", help="with --facts, for sparse data: together by paths of two steps, attributes by how often their "
                    "values are had together, in the place of equal ones")
-    g.add_argument("--candidates", metavar="FILE", help="evaluate on the lists of this JSONL: user, history, candidates (item ids), relevance")
+    g.add_argument("--candidates", metavar="FILE", help="evaluate on the lists of this JSONL: user, history (its latest --history-length items count), "
+                   "candidates (item ids), relevance")
     g.add_argument("--save-candidates", metavar="FILE", help="write the evaluated lists as such a JSONL")
     g.add_argument("--data-dir", metavar="DIR", help="folder of the benchmark's files, for --data recbench:movie and recbench:book")
     g.add_argument("--cache-dir", metavar="DIR", help=f"for downloads and parsed files ({data.DEFAULT_CACHE})")
@@ -1089,9 +1090,11 @@ def check_common_flags(args):
 
 
 def test_lists(dataset, args, num_lists):
-    """The lists to evaluate on: those of --candidates, or seeded ones of the test split; written to --save-candidates."""
+    """The lists to evaluate on: those of --candidates with the latest --history-length items of their histories, or seeded ones of the test
+    split; written to --save-candidates."""
     if args.candidates:
-        examples = [dataset.with_facts(e) for e in data.read_lists(args.candidates, dataset.items)[:num_lists]]
+        lists = data.read_lists(args.candidates, dataset.items)[:num_lists]
+        examples = [dataset.with_facts(replace(e, history=e.history[-args.history_length:])) for e in lists]
     else:
         examples = dataset.examples("test", num_lists, args.num_candidates, args.history_length, args.seed)
     if args.save_candidates:

@@ -230,6 +230,38 @@ def test_lists_survive_a_file(tmp_path, toy):
     assert list(record)[:4] == ["user", "history", "candidates", "relevance"] and record["relevance"].count(1) == 1
 
 
+def test_of_a_list_in_a_file_the_latest_items_count(tmp_path):
+    """With --history-length a model is tested on what it was trained on, whoever wrote the lists; facts are those of that history."""
+    shop = make_shop()
+    shop.facts = data.Facts(shop)
+    path = tmp_path / "lists.jsonl"
+    data.save_lists(path, shop.examples("test", 10, 5, 4))
+    args = lambda n: type("Args", (), {"candidates": path, "save_candidates": None, "history_length": n})
+    whole, cut = (evaluation.test_lists(shop, args(n), 10) for n in (4, 2))
+    assert max(len(e.history) for e in whole) == 4
+    for a, b in zip(whole, cut):
+        assert [x.id for x in b.history] == [x.id for x in a.history[-2:]] and [c.id for c in b.candidates] == [c.id for c in a.candidates]
+        assert [c.facts for c in b.candidates] == [c.facts for c in shop.facts.beside(b.user, b.history, b.candidates)]
+    assert [c.facts for e in whole for c in e.candidates] != [c.facts for e in cut for c in e.candidates]
+
+
+def test_an_evaluation_renews_its_differences_to_what_is_on_record(tmp_path, toy):
+    """`sft` stays as it was, `rl` changes: so does rl - sft."""
+    examples = toy.examples("test", 20)
+    scored = {name: evaluation.evaluate(evaluation.random_scores(examples, seed), examples) for seed, name in enumerate(("sft", "rl", "new"))}
+    write = lambda *names, **as_: evaluation.write_eval(tmp_path / "eval.json", "toy", examples, {as_.get(n, n): scored[n][0] for n in names},
+                                                       {as_.get(n, n): scored[n][1] for n in names}, True)
+    read = lambda: json.loads((tmp_path / "eval.json").read_text())["differences"]["rl - sft"]
+    write("sft", "rl")
+    before = read()
+    write("rl")
+    assert read() == before
+    write("new", new="rl")
+    users = [e.user for e in examples]
+    want = evaluation.interval([a - b for a, b in zip(scored["new"][1]["ndcg@10"], scored["sft"][1]["ndcg@10"])], users)
+    assert read() == {"ndcg@10": pytest.approx(want)} and read()["ndcg@10"] != before["ndcg@10"]
+
+
 @pytest.mark.parametrize("line, words", [
     ('{"user": "u", "history": [], "candidates": ["i0", "nowhere"], "relevance": [1, 0]}', ["line 2", "nowhere"]),
     ('{"user": "u", "history": [], "candidates": ["i0", "i1"], "relevance": [1]}', ["line 2", "one relevance"]),
