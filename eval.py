@@ -519,7 +519,12 @@ def write_eval(path, name, examples, systems, values, keep_other_systems=False, 
         with contextlib.suppress(ValueError, KeyError, TypeError):  # what --full wrote, or what is no report at all
             earlier = json.loads(path.read_text())
             if (earlier["data"], earlier["lists"]) == (name, lists):
+                changed = {s for s, v in report["values"].items() if v != earlier["values"].get(s)}
                 report = earlier | {k: earlier.get(k, {}) | v if isinstance(v, dict) else v for k, v in report.items()}
+                column = report["values"]  # of a system that was not evaluated again the main metric is on record
+                for a, b in (pair.split(" - ") for pair in report["differences"]):
+                    if (a in values) != (b in values) and changed & {a, b}:
+                        report["differences"][f"{a} - {b}"] = {metric: interval([x - y for x, y in zip(column[a], column[b])], users)}
     text = json.dumps({k: v for k, v in report.items() if k not in ("users", "values")}, indent=1).removesuffix("\n}")
     path.write_text(text + "".join(f",\n {json.dumps(k)}: {json.dumps(report[k])}" for k in ("users", "values")) + "\n}\n")
     if renew and path.name == "eval.json" and (path.parent / "result.json").exists():
@@ -770,7 +775,7 @@ def write_result(folder, seconds=None, processes=1):
 
 def as_trained(args, flags):
     """Whether responses are sampled as the run's flags say: only then they belong into its result."""
-    return all(getattr(args, k) == flags[k] for k in ("max_new_tokens", "temperature", "eval_samples"))
+    return all(getattr(args, k) == flags.get(k, False) for k in ("max_new_tokens", "temperature", "eval_samples", "facts", "smooth_facts"))
 
 
 def read_result(path):
@@ -982,6 +987,11 @@ def plot_test_time(axes, block, colours):
     axes.set_xlabel("sampled tokens a list (beside: seconds a list)")
 
 
+def complete_states(folder):
+    """The states of a run directory, the oldest first; none that was still being written when the run was killed."""
+    return sorted(p for p in (Path(folder) / "states").glob("[12]-*") if not p.suffix)
+
+
 def pick_device(name):
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -1162,8 +1172,8 @@ def run_command(train):
         config = Path(args.run) / "config.json"
         if not config.exists():
             raise InputError(f"--run {args.run}: no config.json there; give a directory that train.py wrote")
-        states = sorted((Path(args.run) / "states").glob("*/config.json"))  # of a run that has not finished
-        checkpoint = next((p.parent for p in [Path(args.run) / "checkpoint" / "config.json", *reversed(states)] if p.exists()), None)
+        places = [Path(args.run) / "checkpoint", *reversed(complete_states(args.run))]  # states: of a run that has not finished
+        checkpoint = next((p for p in places if (p / "config.json").exists()), None)
         if not checkpoint:
             raise InputError(f"--run {args.run}: it holds no checkpoint yet; the run has not come far enough")
         flags = json.loads(config.read_text())["flags"]
@@ -1171,6 +1181,8 @@ def run_command(train):
         parser.set_defaults(**{k: v for k, v in flags.items() if k in vars(args) and k not in kept})
         args = parser.parse_args()
         args.model = str(checkpoint)
+        if flags.get("facts") and args.facts == "auto":  # given again without a value
+            args.facts = flags["facts"]
     baselines = None if args.baselines is None else args.baselines or [b for b in BASELINES if args.facts and not args.full or b != "facts-linear"]
     if "facts-linear" in (baselines or ()) and (args.full or not args.facts):
         raise InputError("--baselines facts-linear ranks lists by what --facts tells: add --facts, and leave out --full")
@@ -1223,6 +1235,8 @@ def run_command(train):
     if args.model:
         if args.run:
             model, tokenizer, score_head = r2r.load_checkpoint(args.model, device, dtype)
+            if checkpoint.name.startswith("1-sft"):  # its head has learned nothing yet
+                score_head = None
         else:
             model, tokenizer = policy.load(args.model, device, dtype, dataset.texts(), args.seed)
             path = Path(args.model).expanduser() / "score_head.safetensors"

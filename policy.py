@@ -416,8 +416,11 @@ def sample_rows(model, tokenizer, prefixes, owner, suffixes, sampling):
     Returns (N lists of ids, hidden (N, D): the last layer's state at each response's last token, which costs nothing here).
     """
     stops = stop_ids(model, tokenizer)
-    was_training = model.training
-    model.eval()  # trap 2: generate in train mode with gradient checkpointing gives garbage with only a warning
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    longest = max((len(prefixes[o]) + len(s) for o, s in zip(owner, suffixes)), default=0) + sampling.max_new_tokens
+    if window and longest > window:  # gaps between prefix and suffix would count in the window: not what the update scores
+        raise InputError(f"prompts and responses of up to {longest} tokens are longer than the model's sliding window of {window}; "
+                         f"lower --max-new-tokens or --history-length")
     # Rows of like length meet in one call; the order depends on nothing but their content, so neither do the results.
     order = sorted(range(len(suffixes)), key=lambda n: (owner[n], len(suffixes[n]), suffixes[n]))
     responses, hidden = [[] for _ in suffixes], [None] * len(suffixes)
@@ -446,7 +449,6 @@ def sample_rows(model, tokenizer, prefixes, owner, suffixes, sampling):
                 if 0 < len(keep) < len(rows):
                     cache.batch_select_indices(keep)
                 rows = [n for n in rows if hidden[n] is None]
-    model.train(was_training)
     return responses, torch.stack(hidden) if hidden else torch.zeros(0, model.get_output_embeddings().weight.shape[1], device=model.device)
 
 
@@ -589,16 +591,20 @@ class _Responses(Cache):
 
 @contextlib.contextmanager
 def _own_defaults(model, stops, sampling):
-    """The sampling distribution is softmax(logits / temperature) and nothing else, whatever the model ships with.
+    """The sampling distribution is softmax(logits / temperature) and nothing else, whatever the model ships with; in eval mode (trap 2:
+    generate in train mode with gradient checkpointing gives garbage with only a warning).
 
     `generate` fills fields that a config leaves unset from model.generation_config, so that one is put aside meanwhile.
     """
     config = GenerationConfig(max_new_tokens=sampling.max_new_tokens, eos_token_id=stops, pad_token_id=stops[0], use_cache=True, do_sample=False)
     published, model.generation_config = model.generation_config, GenerationConfig()
+    was_training = model.training
+    model.eval()
     try:
         yield config, [] if sampling.greedy else [_Draw(sampling.temperature)]
-    finally:
+    finally:  # also when memory runs out, and the caller tries again
         model.generation_config = published
+        model.train(was_training)
 
 
 class _Draw(LogitsProcessor):

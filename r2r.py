@@ -239,7 +239,8 @@ def item_credit(scores, relevance, k=10, noise=None):
 
 
 def advantages(scores, relevance, k=10, credit="item", noise=None):
-    """Advantage of every rationale, (K, G) -> (K, G). A group whose rationales are worth the same gets exactly zero."""
+    """Advantage of every rationale, (K, G) -> (K, G). A group whose rationales are worth the same gets zero, to within
+    rounding, which `signal` does not count as alive."""
     if scores.shape[1] < 2:
         return torch.zeros_like(scores)
     if credit == "item":
@@ -457,16 +458,13 @@ def answer_log_odds(model, tokenizer, rollout, micro_batch=32, share_prefix=True
     """log p(yes) - log p(no) after each rationale, (N,). A rationale that never came to its answer is asked for it."""
     contexts, words = [], {"yes": [], "no": []}
     for suffix, ids in zip(rollout.suffixes, rollout.responses):
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        cut = text.find("<answer>")
-        ask = "" if cut >= 0 else "\n" if ids else ""
-        cut = len(text) if cut < 0 else cut
+        before, found, _ = tokenizer.decode(ids, skip_special_tokens=True).partition("<answer>")
         end = len(ids)
-        while end and len(tokenizer.decode(ids[:end], skip_special_tokens=True)) > cut:
+        while end and len(tokenizer.decode(ids[:end], skip_special_tokens=True)) > len(before):
             end -= 1
         if end and ids[end - 1] in tokenizer.all_special_ids:
             end -= 1
-        ask = text[len(tokenizer.decode(ids[:end], skip_special_tokens=True)):cut] + ask
+        ask = before[len(tokenizer.decode(ids[:end], skip_special_tokens=True)):] + ("" if found or not ids else "\n")
         endings = [tokenizer(f"{ask}<answer>{word}", add_special_tokens=False).input_ids for word in words]
         common = len(os.path.commonprefix(endings))
         contexts.append(suffix + ids[:end] + endings[0][:common])

@@ -154,6 +154,12 @@ def resumed_flags(parser, args):
     args = parser.parse_args()
     if recorded.get("facts") and args.facts == "auto":  # given again without a value
         args.facts = recorded["facts"]
+    if args.dtype == "auto":  # as it was, whatever is to be had here
+        args.dtype = recorded["dtype"] = config["dtype"].removeprefix("torch.")
+    for name, parsed in (("reward_weights", lambda text: [float(w) for w in text.split(",")]), ("query_kinds", lambda text: text.split(","))):
+        if isinstance(text := getattr(args, name), str) and isinstance(recorded.get(name), list):  # given again: as it is recorded
+            with contextlib.suppress(ValueError):
+                setattr(args, name, parsed(text))
     changed = {k: (v, getattr(args, k)) for k, v in recorded.items()
                if k not in ("out", "resume", "overwrite", "dry_run") and k in given and getattr(args, k) != v}
     refused = [f"--{k.replace('_', '-')} {old} -> {new}" for k, (old, new) in changed.items() if k not in MAY_CHANGE]
@@ -364,7 +370,7 @@ def unsummed(gradient, p):
 
 
 def own(tensor):
-    """This process's part of a tensor that may be sharded, or all of one that is not summed."""
+    """This process's part of a sharded tensor, or its own summand of one that is still to be summed; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -560,8 +566,7 @@ class Run:
 
     def newest_state(self):
         """The folder of the last state, or None."""
-        states = sorted((self.folder / "states").glob("[12]-*-[0-9]*"))
-        return next((s for s in reversed(states) if s.suffix == ""), None)
+        return next(reversed(evaluation.complete_states(self.folder)), None)
 
     def open_state(self, state):
         """Read a state's record. Raises InputError naming the damaged file."""
@@ -570,7 +575,7 @@ class Run:
             self.record = json.loads((state / "training.json").read_text())
             self.tensors = load_file(state / "training.safetensors")
         except (InputError, OSError, ValueError, SafetensorError) as error:
-            others = sorted(p.name for p in state.parent.iterdir() if p != state and p.suffix == "")
+            others = [s.name for s in evaluation.complete_states(self.folder) if s != state]
             raise InputError(f"{error}. Delete {state} to resume from "
                              f"{others[-1] if others else 'the beginning (no other state was kept; see --keep)'}") from None
         self.stage, self.step, self.results = self.record["stage"], self.record["step"], self.record["results"]
@@ -652,8 +657,7 @@ class Run:
             (folder / "training.json").write_text(json.dumps(record))
 
         policy.save_directory(self.folder / "states" / f"{self.STAGES[stage]}-{stage}-{step:06d}", write)
-        states = sorted(p for p in (self.folder / "states").iterdir() if p.suffix == "")
-        for old in states[:-self.args.keep]:
+        for old in evaluation.complete_states(self.folder)[:-self.args.keep]:
             shutil.rmtree(old, ignore_errors=True)
 
     def write_checkpoint(self, folder):
@@ -834,10 +838,11 @@ def recorded_lessons(dataset, path, rng, reasoning=True):
             if dataset.facts:  # from which the user's own interactions are left out
                 candidate, = dataset.facts.beside(record["user"], history, [candidate])
             label, trace = bool(record["label"]), record["trace"]
+            right = r2r.parse_answer(trace) == label
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{path} line {number}: expected an object with history (item ids of the catalogue), candidate, label "
                              f"and trace; {type(error).__name__}: {error}") from None
-        if r2r.parse_answer(trace) == label:
+        if right:
             response = trace if reasoning else f"<answer>{'yes' if label else 'no'}</answer>"
             by_answer[label].append((history, [candidate], [response]))
     yes, no = by_answer[True], by_answer[False]
@@ -1431,6 +1436,12 @@ def fill_defaults(args, model, device):
             setattr(args, name, small if tiny else large * (10 if args.lora and name in ("lr", "sft_lr") else 1))
 
 
+def is_run(folder):
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return "flags" in json.loads((folder / "config.json").read_text())
+    return False
+
+
 def choose_run_directory(args, dataset):
     """--out, or the first free runs/DATA-MODEL, -2, -3, …; nothing is made or deleted yet. Raises InputError."""
     if args.out:
@@ -1438,7 +1449,7 @@ def choose_run_directory(args, dataset):
         if out.exists() and any(out.iterdir()):
             if not args.overwrite:
                 raise InputError(f"--out {out}: it exists and is not empty; choose another, or add --overwrite")
-            if not (out / "config.json").exists():
+            if not is_run(out):  # a model has a config.json, too
                 raise InputError(f"--out {out}: it does not look like a run directory, so --overwrite will not delete it")
     else:
         base = Path("runs") / f"{dataset.name}-{Path(args.model).name}{'-rerec' if args.method == 'rerec' else ''}"

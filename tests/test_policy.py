@@ -326,6 +326,28 @@ def test_sampling_happens_in_eval_mode_and_restores_the_mode(model, tokenizer, p
     assert noisy == policy.sample(model, tokenizer, prompts[0].prefix_ids, prompts[0].suffix_ids, 2, max_new_tokens=5)
 
 
+def test_a_sampling_that_fails_leaves_the_model_as_it_was(model, tokenizer, prompts, monkeypatch):
+    """Out of memory, say: the caller tries again, and gradient checkpointing works in training mode alone."""
+    published = model.generation_config
+    model.train()
+    with monkeypatch.context() as m, pytest.raises(MemoryError):
+        m.setattr(model, "generate", lambda *a, **k: (_ for _ in ()).throw(MemoryError()))
+        policy.sample(model, tokenizer, prompts[0].prefix_ids, prompts[0].suffix_ids, 1, max_new_tokens=5)
+    assert model.training and model.generation_config is published
+
+
+def test_a_prompt_beyond_the_sliding_window_is_refused(model, tokenizer, prompts, monkeypatch):
+    longest = len(prompts[0].prefix_ids) + max(map(len, prompts[0].suffix_ids)) + 5
+    for window in (longest - 1, longest):
+        monkeypatch.setattr(model.config, "sliding_window", window, raising=False)
+        sample = lambda: policy.sample(model, tokenizer, prompts[0].prefix_ids, prompts[0].suffix_ids, 1, max_new_tokens=5)
+        if window < longest:
+            with pytest.raises(InputError, match=f"{longest} tokens.*window of {window}"):
+                sample()
+        else:
+            assert len(sample()) == len(prompts[0].suffix_ids)
+
+
 def test_response_ends_with_the_first_stop_token(model, tokenizer, prompts):
     """Also when padding is the same token: every id up to and with the first stop counts, none after it."""
     torch.manual_seed(0)

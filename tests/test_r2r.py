@@ -33,25 +33,28 @@ def zero(*modules):
         m.zero_grad()
 
 
-def direct_loss(model, head, rollout, advantages, clip, kl_coef, old, ref):
-    """Score loss + token loss + KL as METHODS writes them: one graph, one row at a time, no cache and no padding."""
-    scores, surrogate, tokens = [], 0.0, sum(map(len, rollout.responses))
+def direct_loss(model, head, rollout, advantages, clip, kl_coef, old, ref, temperature):
+    """Score loss + token loss + KL as METHODS writes them: one graph, one row at a time, no cache and no padding. And the metrics."""
+    scores, tokens = [], sum(map(len, rollout.responses))
+    told = {"token_loss": 0.0, "kl": 0.0, "clipped": 0.0, "entropy": 0.0}
     for n, response in enumerate(rollout.responses):
         start = rollout.prefixes[rollout.owner[n]] + rollout.suffixes[n]
         out = model(torch.tensor([start + response]), output_hidden_states=True)
         scores.append(head(out.hidden_states[-1][0, -1]))
-        logprobs = out.logits[0, len(start) - 1:-1].log_softmax(-1).gather(1, torch.tensor(response)[:, None]).squeeze(1)
+        logprobs = (out.logits[0, len(start) - 1:-1] / temperature).log_softmax(-1).gather(1, torch.tensor(response)[:, None]).squeeze(1)
         ratio = (logprobs - old[n, :len(response)]).exp()
-        surrogate = surrogate - torch.minimum(ratio * advantages[n], ratio.clamp(1 - clip, 1 + clip) * advantages[n]).sum() / tokens
+        told["token_loss"] -= torch.minimum(ratio * advantages[n], ratio.clamp(1 - clip, 1 + clip) * advantages[n]).sum() / tokens
+        told["clipped"] += ((ratio < 1 - clip) | (ratio > 1 + clip)).sum().item() / tokens
+        told["entropy"] -= logprobs.detach().sum().item()
         gap = ref[n, :len(response)] - logprobs
-        surrogate = surrogate + kl_coef * (gap.exp() - gap - 1).sum() / tokens
+        told["kl"] += (gap.exp() - gap - 1).sum() / tokens
     values = [r2r.expected_ndcg(s.T, y, 10).mean() for s, y in zip(rollout.lists(torch.stack(scores)), rollout.relevance)]
-    return -sum(values) / len(values) + surrogate
+    return -sum(values) / len(values) + told["token_loss"] + kl_coef * told["kl"], {k: torch.as_tensor(v).item() for k, v in told.items()}
 
 
 @pytest.mark.parametrize("credit", ["item", "list"])
-@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
-def test_update_is_the_gradient_of_the_written_objective(model, score_head, rollout, credit, kl_coef):
+@pytest.mark.parametrize("kl_coef, temperature", [(0.0, 1.0), (0.3, 1.0), (0.3, 0.7)])
+def test_update_is_the_gradient_of_the_written_objective(model, score_head, rollout, credit, kl_coef, temperature):
     """Off policy (the old log-probabilities are moved, so that the clip acts), with micro-batches and the shared prefix."""
     signal = r2r.signal(rollout, credit=credit)
     generator = torch.Generator().manual_seed(1)
@@ -59,15 +62,17 @@ def test_update_is_the_gradient_of_the_written_objective(model, score_head, roll
     moved.logprobs = rollout.logprobs + 0.3 * torch.randn(rollout.logprobs.shape, generator=generator)
     moved.ref_logprobs = rollout.logprobs + 0.3 * torch.randn(rollout.logprobs.shape, generator=generator)
     zero(model, score_head)
-    direct_loss(model, score_head, rollout, signal.advantages, 0.2, kl_coef, moved.logprobs, moved.ref_logprobs).backward()
+    loss, told = direct_loss(model, score_head, rollout, signal.advantages, 0.2, kl_coef, moved.logprobs, moved.ref_logprobs, temperature)
+    loss.backward()
     want = gradients(model, score_head)
     for micro_batch in (1, 5, 100):
         for share in (True, False):
             zero(model, score_head)
-            metrics = r2r.backward(model, score_head, moved, signal, 0.2, kl_coef, micro_batch=micro_batch, share_prefix=share)
+            metrics = r2r.backward(model, score_head, moved, signal, 0.2, kl_coef, temperature, micro_batch, share)
             got = gradients(model, score_head)
             assert (got - want).norm() / want.norm() < 1e-5
             assert 0 < metrics["clipped"] < 1
+            assert {k: metrics[k] for k in told} == pytest.approx(told | {"kl": told["kl"] * (kl_coef > 0)}, abs=1e-4)
     zero(model, score_head)
 
 

@@ -175,6 +175,21 @@ def test_what_resume_refuses_and_names(harness, whole, tmp_path):
     assert "nothing to resume" in run("train.py", "--resume", copy).stdout
 
 
+def test_what_is_given_again_is_no_change_and_auto_stays_what_it_was(tmp_path, monkeypatch):
+    """Lists that flags were parsed into; and the type of a run that was started where bfloat16 was the default."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--method", "rerec", "--reward-weights", "0,0.5", "--query-kinds", "explicit,implicit"])
+    flags = vars(train.parse_flags())
+    (tmp_path / "config.json").write_text(json.dumps({"flags": flags, "versions": {}, "dtype": "torch.bfloat16"}))
+    for more in ([], ["--reward-weights", "0,0.5", "--query-kinds", "explicit,implicit"]):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(tmp_path), *more])
+        args = train.parse_flags()
+        assert (args.reward_weights, args.query_kinds, args.dtype) == ([0, 0.5], ["explicit", "implicit"], "bfloat16")
+    for more in (["--reward-weights", "0,0"], ["--reward-weights", "x"], ["--query-kinds", "explicit"], ["--dtype", "float32"]):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(tmp_path), *more])
+        with pytest.raises(InputError, match=f"another run: {more[0]}"):
+            train.parse_flags()
+
+
 def test_a_vanished_or_read_only_run_directory_is_named(harness, whole, tmp_path):
     run_ = train.Run(tmp_path / "r", train.argparse.Namespace(save_every=1, keep=1))
     run_.model = run_.tokenizer = type("Saves", (torch.nn.Module,), {"save_pretrained": lambda self, folder, **kw: None})()

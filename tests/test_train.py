@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import transformers
 import eval as evaluation
 import r2r
 import train
+from data import InputError
 from rewards import ndcg_at_k
 
 ROOT = Path(__file__).parent.parent
@@ -138,8 +140,10 @@ def test_teacher_traces_from_a_file(tmp_path, toy):
     path.write_text("\n".join(lines))
     out = run("train.py", *SMALL, "--out", tmp_path / "r", "--teacher", path).stdout
     assert "cold start: 9 of 12 traces kept" in out
-    path.write_text(lines[0] + "\n" + lines[1].replace('"candidate"', '"item"'))
-    assert f"{path} line 2" in run("train.py", *SMALL, "--out", tmp_path / "r2", "--teacher", path, code=2).stderr
+    for broken in (lines[1].replace('"candidate"', '"item"'), json.dumps(json.loads(lines[1]) | {"trace": None})):
+        path.write_text(lines[0] + "\n" + broken)
+        with pytest.raises(InputError, match=f"{path} line 2"):
+            next(train.recorded_lessons(toy, path, random.Random(0)))
 
 
 def test_a_teacher_s_right_answers_are_kept(tmp_path, toy, model, tokenizer, monkeypatch):
@@ -183,6 +187,21 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, flags, words):
     assert not (tmp_path / "r").exists()
 
 
+def test_eval_of_a_run_that_has_not_finished(finished, tmp_path):
+    """The newest whole state counts, not one that was being written; a head that no step has touched yet says nothing."""
+    folder = shutil.copytree(finished[0], tmp_path / "r")
+    (folder / "eval.json").unlink()
+    (folder / "states" / "2-rl-000001.tmp").mkdir(parents=True)
+    shutil.copy(folder / "checkpoint" / "config.json", folder / "states" / "2-rl-000001.tmp")
+    for state, system in (("1-sft-000003", "zero-shot"), ("2-rl-000000", "rl")):
+        shutil.copytree(folder / "checkpoint", folder / "states" / state)
+        shutil.rmtree(folder / "checkpoint", ignore_errors=True) if state[0] == "2" else (folder / "checkpoint").rename(tmp_path / "kept")
+        run("eval.py", "--run", folder)
+        assert list(json.loads((folder / "eval.json").read_text())["systems"])[-1] == system
+        if state[0] == "1":
+            (tmp_path / "kept").rename(folder / "checkpoint")
+
+
 def test_eval_s_bad_input(tmp_path):
     assert "config.json" in run("eval.py", "--run", tmp_path, code=2).stderr
     assert "no checkpoint" in (tmp_path / "config.json").write_text("{}") * "" + run("eval.py", "--run", tmp_path, code=2).stderr
@@ -191,7 +210,9 @@ def test_eval_s_bad_input(tmp_path):
 def test_an_existing_run_is_not_overwritten(finished):
     folder, _ = finished
     assert "--overwrite" in run("train.py", *SMALL, "--out", folder, code=2).stderr
-    assert (folder / "eval.json").exists()
+    model = folder / "checkpoint"
+    assert "does not look like a run" in run("train.py", *SMALL, "--out", model, "--overwrite", code=2).stderr  # it has a config.json, too
+    assert (folder / "eval.json").exists() and (model / "config.json").exists()
 
 
 def test_bfloat16_weights_learn_by_steps_below_their_resolution():
@@ -204,6 +225,45 @@ def test_bfloat16_weights_learn_by_steps_below_their_resolution():
         optimizer.step()
     assert weight.dtype == torch.bfloat16
     torch.testing.assert_close(weight.float(), torch.full((4,), 0.99), atol=3e-3, rtol=0)
+
+
+def test_optimizer_steps_by_its_share_of_the_rate():
+    """AdamW's first step moves a weight by the rate, whatever the gradient; weights are not decayed."""
+    a, b = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    optimizer = train.Optimizer([{"params": [a], "lr": 1e-2}, {"params": [b], "lr": 1e-3}])
+    for rate, moved in ((0.5, 0.5), (1.0, 1.5)):  # a constant gradient: each step moves by the rate of its own
+        (a.sum() + b.sum()).backward()
+        optimizer.step(rate)
+        torch.testing.assert_close(1 - a.detach(), torch.full((2,), moved * 1e-2), rtol=1e-3, atol=0)
+        torch.testing.assert_close(1 - b.detach(), torch.full((2,), moved * 1e-3), rtol=1e-3, atol=0)
+
+
+def test_rates_and_the_loss_of_the_cold_start(tmp_path, toy, model, monkeypatch):
+    """Cold start: mean negative log-likelihood over the step's tokens; the rate rises over a twentieth of the steps and falls to a tenth.
+    RL: it rises over a twentieth, and stays."""
+    rates, wants, original = [], [], train.Optimizer.step
+    monkeypatch.setattr(train.Optimizer, "step", lambda self, rate=1.0, max_norm=1.0: (rates.append(rate), original(self, rate, max_norm))[1])
+    first, rows = train.policy.micro_batches, train.policy.row_logprobs
+
+    def seen(model, prefixes, owner, suffixes, responses, *rest):
+        if len(wants) < 40:  # of the cold start
+            total = 0.0
+            for n, response in enumerate(responses):
+                start = prefixes[owner[n]] + suffixes[n]
+                logprobs = model(torch.tensor([start + response])).logits[0, len(start) - 1:-1].log_softmax(-1)
+                total -= logprobs.gather(1, torch.tensor(response)[:, None]).sum().item()
+            wants.append(total / sum(map(len, responses)))
+        return first(model, prefixes, owner, suffixes, responses, *rest)
+
+    monkeypatch.setattr(train.policy, "micro_batches", seen)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "r"), "--sft-steps", "40", "--sft-lists", "1", "--steps", "40", "--batch-lists", "1",
+                                      "--num-candidates", "4", "--group-size", "2", "--max-new-tokens", "3", "--eval-lists", "1", "--micro-batch", "2",
+                                      "--ppo-epochs", "1", "--warmup-steps", "4", "--kl-coef", "0.1"])
+    train.main()
+    assert rates[:40] == pytest.approx([min(1.0, n / 2) * (1 - 0.9 * n / 40) for n in range(1, 41)])
+    assert rates[40:] == pytest.approx([0.5] + [1.0] * 39)
+    losses = [r["loss"] for r in metrics(tmp_path / "r") if r["stage"] == "sft"]
+    assert losses == pytest.approx(wants, rel=1e-3)
 
 
 def test_optimizer_clips_the_whole_norm():
