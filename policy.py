@@ -416,7 +416,8 @@ def sample_rows(model, tokenizer, prefixes, owner, suffixes, sampling):
     Returns (N lists of ids, hidden (N, D): the last layer's state at each response's last token, which costs nothing here).
     """
     stops = stop_ids(model, tokenizer)
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    shape = model.config.get_text_config()  # where it does not tell layers apart, all have the window, if there is one
+    window = getattr(shape, "sliding_window", None) if "sliding_attention" in (getattr(shape, "layer_types", None) or ["sliding_attention"]) else None
     longest = max((len(prefixes[o]) + len(s) for o, s in zip(owner, suffixes)), default=0) + sampling.max_new_tokens
     if window and longest > window:  # gaps between prefix and suffix would count in the window: not what the update scores
         raise InputError(f"prompts and responses of up to {longest} tokens are longer than the model's sliding window of {window}; "

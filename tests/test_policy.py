@@ -344,6 +344,9 @@ def test_a_prompt_beyond_the_sliding_window_is_refused(model, tokenizer, prompts
         if window < longest:
             with pytest.raises(InputError, match=f"{longest} tokens.*window of {window}"):
                 sample()
+            monkeypatch.setattr(model.config, "layer_types", ["full_attention"] * 2, raising=False)  # a window that no layer has
+            sample()
+            monkeypatch.delattr(model.config, "layer_types")
         else:
             assert len(sample()) == len(prompts[0].suffix_ids)
 
