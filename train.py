@@ -155,7 +155,7 @@ def resumed_flags(parser, args):
     if recorded.get("facts") and args.facts == "auto":  # given again without a value
         args.facts = recorded["facts"]
     if args.dtype == "auto":  # as it was, whatever is to be had here
-        args.dtype = recorded["dtype"] = config["dtype"].removeprefix("torch.")
+        args.dtype = recorded["dtype"] = config.get("dtype", "auto").removeprefix("torch.")
     for name, parsed in (("reward_weights", lambda text: [float(w) for w in text.split(",")]), ("query_kinds", lambda text: text.split(","))):
         if isinstance(text := getattr(args, name), str) and isinstance(recorded.get(name), list):  # given again: as it is recorded
             with contextlib.suppress(ValueError):
