@@ -26,7 +26,6 @@ import gzip
 import itertools
 import json
 import math
-import os
 import random
 import statistics
 import subprocess

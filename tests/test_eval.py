@@ -15,9 +15,8 @@ import torch
 import data
 import eval as evaluation
 import policy
-import r2r
 from data import Example, InputError, Interaction, Item
-from eval import evaluate, expected_metrics, list_metrics
+from eval import expected_metrics, list_metrics
 from test_train import run
 
 

@@ -11,7 +11,6 @@ import torch
 import transformers
 
 import policy
-import r2r
 import train
 from data import InputError
 from test_policy import plain_logprobs, prompts, rows  # noqa: F401
