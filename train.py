@@ -75,6 +75,15 @@ import rewards
 from data import InputError
 
 
+def two_weights(text):
+    """An argparse type: two numbers with a comma between them, not negative."""
+    with contextlib.suppress(ValueError):
+        weights = [float(w) for w in text.split(",")]
+        if len(weights) == 2 and all(0 <= w < math.inf for w in weights):
+            return weights
+    raise argparse.ArgumentTypeError(f"give two numbers, not negative, such as 0.01,0.01, not {text}")
+
+
 def parse_flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     positive = evaluation.positive
@@ -85,10 +94,10 @@ def parse_flags():
     g.add_argument("--permutations", type=positive(), default=32, metavar="M", help="rankings drawn a column with --pl sample (32)")
     g.add_argument("--credit", choices=("item", "list"), default="item", help="advantage of a rationale: its own marginal worth, or its column's return (item)")
     g = parser.add_argument_group("ReRec (--method rerec)")
-    g.add_argument("--query-kinds", metavar="KIND,…", help=f"of {', '.join(data.KINDS)} (all that the data can serve)")
+    g.add_argument("--query-kinds", type=lambda text: text.split(","), metavar="KIND,…", help=f"of {', '.join(data.KINDS)} (all that the data can serve)")
     g.add_argument("--max-conditions", type=positive(), metavar="N", help="conditions a request at most (tiny: 2, else 3)")
     g.add_argument("--num-queries", type=positive(), metavar="N", help="training requests, which the epochs go through (tiny: 400, else 2000)")
-    g.add_argument("--reward-weights", metavar="W1,W2", help="of query alignment and preference alignment (0.01,0.01)")
+    g.add_argument("--reward-weights", type=two_weights, metavar="W1,W2", help="of query alignment and preference alignment (0.01,0.01)")
     g.add_argument("--raae-penalty", type=positive(float, zero=True), metavar="W", help="taken off a wrong paragraph's reward, as a share of it (0.3)")
     g.add_argument("--no-raae", action="store_true", help="all tokens of a response have its reward")
     g.add_argument("--min-std", type=positive(float, zero=True), default=0.0, metavar="S", help="smallest standard deviation that a group's advantages are divided by, "
@@ -156,10 +165,6 @@ def resumed_flags(parser, args):
         args.facts = recorded["facts"]
     if args.dtype == "auto":  # as it was, whatever is to be had here
         args.dtype = recorded["dtype"] = config.get("dtype", "auto").removeprefix("torch.")
-    for name, parsed in (("reward_weights", lambda text: [float(w) for w in text.split(",")]), ("query_kinds", lambda text: text.split(","))):
-        if isinstance(text := getattr(args, name), str) and isinstance(recorded.get(name), list):  # given again: as it is recorded
-            with contextlib.suppress(ValueError):
-                setattr(args, name, parsed(text))
     changed = {k: (v, getattr(args, k)) for k, v in recorded.items()
                if k not in ("out", "resume", "overwrite", "dry_run") and k in given and getattr(args, k) != v}
     refused = [f"--{k.replace('_', '-')} {old} -> {new}" for k, (old, new) in changed.items() if k not in MAY_CHANGE]
@@ -208,14 +213,7 @@ def check_method_flags(parser, args):
     if args.teacher not in (None, "template"):
         raise InputError("--teacher: the cold start of --method rerec has traces of the built-in template alone; for a teacher of another "
                          "kind start from a model that it has taught (--model DIR --sft-steps 0)")
-    try:
-        weights = [float(w) for w in (args.reward_weights or "0.01,0.01").split(",")]
-    except ValueError:
-        weights = []
-    if len(weights) != 2 or not all(0 <= w < float("inf") for w in weights):
-        raise InputError(f"--reward-weights {args.reward_weights}: give two numbers, not negative, such as 0.01,0.01")
-    args.reward_weights = weights
-    args.query_kinds = args.query_kinds.split(",") if args.query_kinds else None
+    args.reward_weights = args.reward_weights or [0.01, 0.01]
     args.raae_penalty = 0.0 if args.no_raae else 0.3 if args.raae_penalty is None else args.raae_penalty
     args.tau = 0.1 if args.tau is None else args.tau
     args.list_length = args.list_length or 1

@@ -239,11 +239,27 @@ def test_a_run_with_facts_and_its_evaluation(tmp_path):
     run("train.py", *SMALL, "--facts", "--out", folder)
     assert json.loads((folder / "config.json").read_text())["flags"]["facts"] == "only"
     before = json.loads((folder / "eval.json").read_text())["systems"]["rl"]
-    out = run("eval.py", "--run", folder, "--explain", 1).stdout
-    assert json.loads((folder / "eval.json").read_text())["systems"]["rl"] == before and "[together " in out
+    for again in ([], ["--facts"]):  # given again without a value: the run's, not what a model that is no `tiny` would have
+        out = run("eval.py", "--run", folder, "--explain", 1, *again).stdout
+        assert json.loads((folder / "eval.json").read_text())["systems"]["rl"] == before and "[together " in out
+    result = (folder / "result.json").read_text()
+    run("eval.py", "--run", folder, "--facts", "beside")  # other prompts than the run's: not its result
+    assert (folder / "result.json").read_text() == result
     assert "--method rerec" in run("train.py", "--method", "rerec", "--facts", code=2).stderr
     assert "add --facts" in run("train.py", "--teacher", "tally", code=2).stderr and "add --facts" in run("eval.py", "--smooth-facts", code=2).stderr
     assert "--method rerec" in run("train.py", "--method", "rerec", "--smooth-facts", code=2).stderr
+
+
+def test_the_tally_teacher_in_a_small_catalogue():
+    """Its points come from lists like the run's, which 20 candidates would not be."""
+    rng = random.Random(0)
+    items = {f"i{n}": data.make_item(f"i{n}", f"Thing {n}", {"brand": [f"B{n % 2}"]}) for n in range(15)}
+    sequences = {f"u{u}": [data.Interaction(f"i{2 * i + u % 2}", float(t)) for t, i in enumerate(rng.sample(range(7), 6))] for u in range(40)}  # a brand each
+    dataset = data.Dataset("x", items, sequences, *data.split_leave_one_out(sequences))
+    dataset.facts = data.Facts(dataset)
+    args = type("Args", (), {"seed": 0, "num_candidates": 5, "history_length": 10, "no_reasoning": False, "teacher": "tally"})
+    history, candidates, traces = next(train.template_lessons(dataset, args, random.Random(0)))
+    assert len(traces) == len(candidates) == 3 and all("Tally: [" in t for t in traces if "yes" in t) and any("yes" in t for t in traces)
 
 
 def test_a_run_with_the_tally_teacher(tmp_path):

@@ -539,6 +539,14 @@ def test_template_traces_are_true_and_in_format(builder):
     assert 25 < right < 100 and 100 < first_named < 150  # hasty: sometimes right
 
 
+def test_a_request_spells_no_separator(model, tokenizer, monkeypatch):
+    """Whatever a request holds, the prompt for open-ended answers has the instruction's [SEP] alone."""
+    seen = []
+    monkeypatch.setattr(policy, "sample_rows", lambda m, t, prefixes, owner, suffixes, s: (seen.extend(prefixes), ([[]] * len(owner), None))[1])
+    rerec.answer_open_ended(model, tokenizer, [replace(request([]), text=text) for text in ("a [SEP] b", "a [[SEP]] b")], None)
+    assert [tokenizer.decode(ids).count("[SEP]") for ids in seen] == [1, 1]
+
+
 def test_the_teacher_claims_nothing_that_no_candidate_shows():
     """RecBench+: who stars in a film stands in a request and not in the catalogue."""
     items = [Item(f"m{n}", f"Film {n}", {"genre": ("War",) if n < 3 else ("Western",)}) for n in range(8)]
@@ -620,6 +628,8 @@ def test_plain_grpo_and_lists_of_answers(tmp_path):
     (["--method", "rerec", "--no-curriculum", "--tau", "0.1"], "drop one"),
     (["--method", "rerec", "--reward-weights", "1"], "two numbers"),
     (["--method", "rerec", "--reward-weights", "nan,1"], "two numbers"),
+    (["--method", "rerec", "--reward-weights=-1,1"], "two numbers"),
+    (["--method", "rerec", "--reward-weights", "x"], "two numbers"),
     (["--method", "rerec", "--group-size", "1"], "at least 2"),
     (["--method", "rerec", "--list-length", "21"], "only 20 candidates"),
     (["--method", "rerec", "--query-kinds", "demographics"], "users with fields"),

@@ -184,7 +184,7 @@ def test_what_is_given_again_is_no_change_and_auto_stays_what_it_was(tmp_path, m
         monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(tmp_path), *more])
         args = train.parse_flags()
         assert (args.reward_weights, args.query_kinds, args.dtype) == ([0, 0.5], ["explicit", "implicit"], "bfloat16")
-    for more in (["--reward-weights", "0,0"], ["--reward-weights", "x"], ["--query-kinds", "explicit"], ["--dtype", "float32"]):
+    for more in (["--reward-weights", "0,0"], ["--query-kinds", "explicit"], ["--dtype", "float32"]):
         monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(tmp_path), *more])
         with pytest.raises(InputError, match=f"another run: {more[0]}"):
             train.parse_flags()
