@@ -1,169 +1,141 @@
-r"""ReRec: answer a request by reasoning about its candidates, with shaped rewards and GRPO (arXiv 2604.07851).
+r"""ReRec: answer a request by reasoning about its candidates; shaped rewards and GRPO (arXiv 2604.07851).
 
-Read top to bottom: prompts and traces, reward, advantage, curriculum, rollout, update, evaluation. With G responses
-i = 1..G to a query, p_i the item that response i boxes and t the right one (METHODS §2):
+Read top to bottom: prompt, reward, advantage, curriculum, training step, answering. With G responses i = 1..G
+to a query, p_i the item that response i boxes, and t the right one:
 
-    score_response      r_i = NDCG@K(p_i) + 0.1 F_i + w1 QAS_i + w2 PAS_i;  without a box -0.5 for NDCG and F = -0.5, else F = 0.5
-    query_alignment     QAS(p, t) = |N(p) & N(t)| / |N(t)| on the item-attribute graph                         (rewards.py)
-    preference_alignment PAS(p, t) = cosine of LightGCN embeddings                                             (rewards.py)
-    segment_rewards     r_{i,t} = r_i, or r_i - w_pen |r_i| on the paragraphs that name the wrong item boxed   (RAAE)
-    group_advantages    A_{i,t} = (r_{i,t} - mean) / (std + 1e-6) over all valid tokens of the G responses
-    backward            clipped token loss (rho, eps) + beta k3, divided by all tokens of the optimiser step   (policy.py)
-    CurriculumQueue     d(q) = mean_i (1 - NDCG@1(p_i)); the next epoch drops d < tau and goes on in ascending d
+    score_response       r_i = NDCG@K(p_i) + 0.1 F_i + w1 QAS_i + w2 PAS_i;  F = 0.5 with a box; without one
+                         F = -0.5, and -0.5 stands for NDCG
+    query_alignment      QAS(p, t) = |N(p) & N(t)| / |N(t)| on the item-attribute graph          (rewards.py)
+    preference_alignment PAS(p, t) = cosine of LightGCN embeddings                               (rewards.py)
+    segment_rewards      r_{i,t} = r_i, or r_i - w_pen |r_i| in paragraphs that name the wrong item (RAAE)
+    group_advantages     A_{i,t} = (r_{i,t} - mean) / (std + 1e-6) over all valid tokens of the G responses
+    train_step           clipped token loss + beta k3, divided by all tokens of the step         (policy.py)
+    CurriculumQueue      d(q) = mean_i (1 - NDCG@1(p_i)); later epochs drop d < tau, go from easy to hard
 
-Deviations and choices (the paper's text leaves them open unless said otherwise):
-  1. Penalised tokens have r - w_pen |r|, which is the paper's (1 - w_pen) r where r > 0; for r < 0 that product would be a gift.
-  2. Characters, not single decoded tokens, decide which paragraph a token lies in (`token_offsets`); every paragraph with a box is
-     exempt; a title counts as named when it stands as whole words and not as a part of another candidate's longer title.
-  3. A group in which all tokens have the same reward has zero advantage exactly, and no update is made for it (but its KL's).
-  4. Difficulties belong to query ids (the released code attaches them by position); the last, incomplete batch of an epoch is kept,
-     since it is the hardest.
+Deviations and choices (the paper leaves them open unless said otherwise):
+  1. Penalised tokens have r - w_pen |r|: the paper's (1 - w_pen) r where r > 0; below 0 that would be a gift.
+  2. Characters, not single decoded tokens, decide in which paragraph a token lies (`token_offsets`); a
+     paragraph with a box is exempt; a title is named where it stands as whole words, not inside another
+     candidate's.
+  3. A group whose tokens all have one reward has zero advantage exactly, and gets no update (but its KL's).
+  4. Difficulties belong to query ids (the released code attaches them by position), and an epoch's last,
+     incomplete batch is kept, since it is the hardest.
   5. Several truths: PAS takes the largest; with K answers QAS and PAS are those of the first.
-  6. Titles are matched exactly, up to case, quotes and white space; text in a title that spells a box is defused in the prompt.
-  7. The built-in template teacher is deliberately hasty: it narrows the candidates down condition by condition, truly, but
-     three times in five it answers with what came to its mind before it began. The cold start teaches format and evidence,
-     reinforcement learning to answer by the evidence.
-  8. The instruction stands in the system message, and the request before the candidates, which then can be read in its light.
-  9. Where no response of a group is right, what is left are the small rewards (alignment 0.01, RAAE 0.3 of 0.05), and dividing by their standard
-     deviation makes them as strong as right against wrong. `--min-std` bounds that; 0, the default, is the paper's formula.
+  6. Titles match up to case, quotes, white space, LaTeX, and a year that only one candidate can have. Text
+     of an item that spells a box is defused in the prompt.
+  7. Where no response of a group is right only small rewards are left (alignment 0.01, RAAE 0.3 of 0.05), and
+     their deviation makes them as strong as right against wrong. `--min-std` bounds it; 0 is the paper.
 """
 
 import random
 import re
+import time
 from dataclasses import dataclass, field, replace
 
 import torch
 
 import policy
-from data import Query, describe, facts_of
-from rewards import (find_box, ndcg_at_k, normalise, parse_answers, parse_boxed, preference_alignment, query_alignment,
-                     shown_title)
+from data import describe
+from rewards import (find_box, ndcg_at_k, normalise, parse_answers, parse_boxed, preference_alignment,
+                     query_alignment, shown_title, unwrap)
 
-SYSTEM = ("You are a recommendation assistant. Reason in short paragraphs, then answer with {} as \\boxed{{{}}}.")
-DRILL = "Go through the candidates."
-
-
-# --- prompts and traces ------------------------------------------------------------------------------------------------
-
-
-def system_message(list_length=1):
-    if list_length == 1:
-        return SYSTEM.format("the title of the best candidate", "title")
-    return SYSTEM.format(f"the titles of the {list_length} best candidates, best first,", "title; title")
+SYSTEM = ("You are a recommendation assistant. Reason in short paragraphs, then answer with the title of the "
+          "best candidate as \\boxed{title}.")
+# The weights of a reward's terms. A further term is a line here and a line in `reward_terms`.
+WEIGHTS = {"ndcg": 1.0, "format": 0.1, "query_alignment": 0.01, "preference_alignment": 0.01}
 
 
-def build_prompt(tokenizer, query, personalized=False, list_length=1):
-    """policy.Prompt of one query. The G responses share all of it, so its one suffix is just the template's assistant header."""
-    history = [f"- {describe(replace(item, title=shown_title(item)))}\n" for item in query.history] if personalized else []
-    prefix = ("My history, oldest first:\n" + "".join(history) if history else "") + f"Request: {query.text}\nCandidates:\n"
+# --- prompt ---------------------------------------------------------------------------------------------
+
+def build_prompt(tokenizer, query, personalized=False):
+    """policy.Prompt of a query. Its responses share all of it: the only suffix is the assistant's header."""
+    prefix = ""
+    if personalized and query.history:
+        history = [describe(replace(item, title=shown_title(item))) for item in query.history]
+        prefix = "My history, oldest first:\n" + "".join(f"- {line}\n" for line in history)
+    prefix += f"Request: {query.text}\nCandidates:\n"
     prefix += "".join(f"- {shown_title(c)}\n" for c in query.candidates)
-    # Whatever an item's text or the request spells, quoting it must not make an answer (titles: `shown_title`).
-    return policy.encode_prompt(tokenizer, system_message(list_length), re.sub(r"\\+boxed", "boxed", prefix), [""])
+    # Whatever an item's text or the request spells, quoting it must not make an answer.
+    prefix = re.sub(r"\\+boxed", "boxed", prefix)
+    return policy.encode_prompt(tokenizer, SYSTEM, prefix, [""])
 
 
-def template_trace(query, rng, list_length=1):
-    """A response of the template teacher (choice 7): a claim about the candidate that comes to mind first, then for each condition
-    a candidate that meets it and those before it. The answer is the first item named, three times in five, or the last.
-
-    Each claim stands right beside its evidence, which costs a small model one look-up.
-    """
-    conditions = list(query.conditions)
-    if not conditions:  # unknown, or none: what the right items have in common
-        truths = [c for c in query.candidates if c.id in query.truths]
-        conditions = [f for f in facts_of(truths[0]) if all(f in facts_of(t) for t in truths)]
-        conditions = rng.sample(conditions, min(len(conditions), max(1, query.num_conditions)))
-    first = rng.choice(query.candidates)
-    lines, left, last = [_claim(f, first) for f in facts_of(first)[:1]], query.candidates, first
-    for name, value in conditions:
-        meeting = [c for c in query.candidates if value in c.attributes.get(name, ())]
-        if not meeting:  # what no candidate shows (RecBench+: a film's actors), the teacher does not claim
-            continue
-        left = [c for c in left if c in meeting] or meeting
-        last = rng.choice(left)
-        lines.append(_claim((name, value), last))
-    chosen = first if rng.random() < 0.6 else last
-    answers = [chosen, *rng.sample([c for c in query.candidates if c != chosen], min(list_length, len(query.candidates)) - 1)]
-    return "\n".join([*lines, f"\\boxed{{ {'; '.join(shown_title(a) for a in answers)}}}"])
-
-
-def _claim(fact, item):
-    return f"{fact[0].replace('_', ' ')} {fact[1]} {shown_title(item)}"
-
-
-def template_drill(query, rng, num_claims=16):
-    """A lesson for models from nothing: (query that only asks to go through the candidates, `num_claims` true claims about them)."""
-    facts = {}
-    for c in query.candidates:
-        for fact in facts_of(c):
-            facts.setdefault(fact, []).append(c)
-    claims = [_claim(fact, rng.choice(facts[fact])) for fact in rng.choices(sorted(facts), k=num_claims if facts else 0)]
-    return replace(query, text=DRILL), "\n".join(claims)
-
-
-# --- reward ----------------------------------------------------------------------------------------------------------------
-
+# --- reward ---------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Judged:
-    """What became of one response: its reward and the parts of it, and the item ids it answered (None: no candidate's title)."""
+    """What became of one response: its reward and the terms of it, and the item ids that it answered."""
 
     reward: float
-    ndcg: float  # NDCG@K of the answers, without the -0.5 that stands for a missing box
-    correct: bool  # the first answer is right
+    terms: dict[str, float]
+    ndcg: float                      # NDCG@K of the answers, also without a box
+    correct: bool                    # the first answer is right
     boxed: bool
-    answers: tuple[str | None, ...]
-    title: str  # the first answer's, "" when it is no candidate
-    query_alignment: float
-    preference_alignment: float
-
+    answers: tuple[str | None, ...]  # None: no candidate has that title
+    title: str                       # the first answer's, as boxed where it is no candidate's
 
 def answers_ndcg(answers, truths, k):
-    """NDCG@k of the ids answered; a right item that was not answered ranks below k that were."""
+    """NDCG@k of the ids answered; a right item that was not answered ranks below k others."""
     relevance = [float(a in truths) for a in answers]
-    return ndcg_at_k(relevance + [0.0] * (k - len(relevance)) + [1.0] * (len(truths) - int(sum(relevance))), k)
+    missed = len(truths) - int(sum(relevance))
+    return ndcg_at_k(relevance + [0.0] * (k - len(relevance)) + [1.0] * missed, k)
 
+def reward_terms(first, ndcg, boxed, query, graph, embeddings):
+    """The named terms of a response's reward. first: the Item answered first, or None."""
+    predicted = first.id if first else None
+    return {"ndcg": ndcg if boxed else -0.5,
+            "format": 0.5 if boxed else -0.5,
+            "query_alignment": query_alignment(predicted, query.truths, graph),
+            "preference_alignment": preference_alignment(predicted, query.truths, embeddings)}
 
-def score_response(text, query, graph=None, embeddings=None, weights=(0.01, 0.01), list_length=1):
-    """r = NDCG@K + 0.1 F + w1 QAS + w2 PAS of one response (METHODS §2); K = list_length, further answers do not count."""
-    boxed = parse_boxed(text)
-    answers = parse_answers(boxed, query.candidates)[:list_length]
+def score_response(text, query, graph=None, embeddings=None, weights=None, list_length=1):
+    """Judge one response: r = sum over terms of weight * term. Only the first K = list_length answers count.
+
+    weights: {term: weight} beside WEIGHTS, or the pair (w1, w2) of QAS and PAS.
+    """
+    if isinstance(weights, (tuple, list)):
+        weights = dict(zip(("query_alignment", "preference_alignment"), weights))
+    content = parse_boxed(text)
+    answers = parse_answers(content, query.candidates)[:list_length]
     first, ids = answers[0] if answers else None, tuple(a.id if a else None for a in answers)
     ndcg = answers_ndcg(ids, query.truths, list_length)
-    qas = query_alignment(first.id, query.truths, graph or {}) if first and weights[0] else 0.0
-    pas = preference_alignment(first.id, query.truths, embeddings or {}) if first and weights[1] else 0.0
-    shaped = weights[0] * qas + weights[1] * pas
-    reward = (ndcg + 0.05 if boxed is not None else -0.5 - 0.05) + shaped
-    return Judged(reward, ndcg, first is not None and first.id in query.truths, boxed is not None, ids, shown_title(first) if first else "", qas, pas)
+    terms = reward_terms(first, ndcg, content is not None, query, graph or {}, embeddings or {})
+    reward = sum(weight * terms[name] for name, weight in (WEIGHTS | (weights or {})).items())
+    title = shown_title(first) if first else unwrap((content or "").split(";")[0])
+    correct = first is not None and first.id in query.truths
+    return Judged(reward, terms, ndcg, correct, content is not None, ids, title)
 
 
-# --- advantage -------------------------------------------------------------------------------------------------------------
-
+# --- advantage ------------------------------------------------------------------------------------------
 
 def token_offsets(tokenizer, ids):
-    """(text, [(start, end)] a token, in characters of the text). Special tokens are empty.
+    """(text, [(start, end)] of each token, in characters of the text). Special tokens are empty.
 
-    Tokenising the text again need not give the sampled ids, and one token may hold a part of a character only. So tokens are
-    decoded after those before them; while the text ends in an unfinished character they wait, and then share its span.
+    Tokenising the text again need not give the sampled ids, and a token may hold a part of a character
+    only. So tokens are decoded after those before them; while the text ends in an unfinished character they
+    wait, and then share its span.
     """
-    text, offsets, start, waiting = "", [], 0, 0  # ids[start:n] is the window that gives ids[n] its context
-    shown = ""  # what the window has given so far
-    for n in range(len(ids)):
+    def decode(start, end):
+        return tokenizer.decode(ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    text, offsets, shown = "", [], ""  # shown: what the window of tokens has given so far
+    start, waiting = 0, 0              # ids[start:n] is the window that gives ids[n] its context
+    for n in range(1, len(ids) + 1):
         waiting += 1
-        now = tokenizer.decode(ids[start:n + 1], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        if now.endswith("\ufffd") and waiting < 4 and n + 1 < len(ids):  # no character has more than four bytes
+        now = decode(start, n)
+        if now.endswith("\ufffd") and waiting < 4 and n < len(ids):  # no character has more than four bytes
             continue
         piece = now[len(shown):]
         offsets += [(len(text), len(text) + len(piece))] * waiting
         text += piece
-        if n + 1 - start > 16:  # keep the window short: linear time
-            start = n + 1 - waiting
-            now = tokenizer.decode(ids[start:n + 1], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if n - start > 16:  # a short window keeps the time linear
+            start = n - waiting
+            now = decode(start, n)
         shown, waiting = now, 0
     return text, offsets
 
-
 def names_title(paragraph, title, others=()):
-    """Whether a paragraph names a title as whole words, with or without its "(year)", and not inside one of the `others`, likewise.
+    """Whether a paragraph names a title as whole words, with or without its "(year)", not inside another's.
 
     Without the year it is not named where another's whole title is just that.
     """
@@ -175,18 +147,20 @@ def names_title(paragraph, title, others=()):
 
     paragraph, title, others = normalise(paragraph), normalise(title), set(map(normalise, others))
     bare = undated(title)
-    longer = {words for other in others for words in (other, undated(other)) if bare and bare in words} - {title, bare}
-    for words in sorted(longer, key=lambda w: (-len(w), w)):
+    longer = {words for other in others for words in (other, undated(other)) if bare and bare in words}
+    for words in sorted(longer - {title, bare}, key=lambda w: (-len(w), w)):
         paragraph = re.sub(stands(words), "\n", paragraph)
-    return bool(title and re.search(stands(title), paragraph)
-                or bare and bare not in others and re.search(stands(bare) + r"(?! ?\(\d{4}\))", paragraph))
-
+    if title and re.search(stands(title), paragraph):
+        return True
+    # A bare name with another year behind it is another title.
+    return bool(bare) and bare not in others and bool(re.search(stands(bare) + r"(?! ?\(\d{4}\))", paragraph))
 
 def segment_rewards(text, offsets, reward, predicted_title, correct, penalty, other_titles=()):
-    """Reward of every token (RAAE): `reward`, less penalty * |reward| in the paragraphs that name the wrong item boxed.
+    """The reward of every token (RAAE): `reward`, less penalty * |reward| in paragraphs that name the wrong
+    item.
 
-    offsets: (start, end) of each token in `text`; paragraphs end at newlines (\\n, \\r\\n or \\r); those with a box, or that
-    the first box reaches into, are exempt. other_titles: the other candidates', some of which may contain the predicted one.
+    offsets: (start, end) of each token in `text`. Paragraphs end at newlines (\\n, \\r\\n or \\r); those
+    with a box, or that the box reaches into, are exempt. other_titles: some may contain the predicted one.
     """
     rewards = [float(reward)] * len(offsets)
     if correct or not predicted_title or not penalty:
@@ -202,38 +176,41 @@ def segment_rewards(text, offsets, reward, predicted_title, correct, penalty, ot
                     rewards[n] = reward - penalty * abs(reward)
     return rewards
 
-
 def group_advantages(token_rewards, mask, min_std=0.0):
-    """A = (r - mean) / (std + 1e-6), mean and std over all valid tokens of a query's G responses. (G, T), (G, T) bool -> (G, T).
+    """A = (r - mean) / (std + 1e-6) over a query's valid tokens. (G, T), (G, T) bool -> (G, T).
 
-    0 where the mask is not set, and everywhere when all valid tokens have the same reward. A smaller std counts as min_std (choice 9).
+    0 where the mask is not set, and everywhere when all have the same reward. A smaller std counts as
+    min_std.
     """
     valid = token_rewards[mask].double()
-    if not len(valid) or valid.max() - valid.min() < 1e-9:  # in float, equal rewards need not have a std of zero
+    if not len(valid) or valid.max() - valid.min() < 1e-9:  # equal rewards need not have a std of exactly 0
         return torch.zeros_like(token_rewards)
-    advantages = (token_rewards.double() - valid.mean()) / (valid.std(correction=0).clamp(min=min_std) + 1e-6)
+    std = valid.std(correction=0).clamp(min=min_std)
+    advantages = (token_rewards.double() - valid.mean()) / (std + 1e-6)
     return torch.where(mask, advantages, 0.0).to(token_rewards.dtype)
 
 
-# --- curriculum --------------------------------------------------------------------------------------------------------------
-
+# --- curriculum -----------------------------------------------------------------------------------------
 
 class CurriculumQueue:
-    """Which queries come next. Epochs after the first drop what was easy (d < tau) and go on from easy to hard (METHODS §2).
+    """Which queries come next. Later epochs drop what was easy (d < tau) and go on from easy to hard.
 
-    Drops accumulate; when fewer than one batch would remain, all return. The first epoch is in the order given. With
-    enabled=False every epoch holds all queries, shuffled from the seed.
+    Drops accumulate; when fewer than one batch would remain, all return. The first epoch is in the order
+    given. enabled=False: every epoch holds all queries, shuffled from the seed.
     """
+
+    STATE = ("epoch", "position", "difficulty", "dropped", "pool")
 
     def __init__(self, ids, batch_size, tau=0.1, enabled=True, seed=0):
         if len(set(ids)) != len(ids):
             raise ValueError("query ids must be unique")
-        self.ids, self.batch_size, self.tau, self.enabled, self.seed = list(ids), batch_size, tau, enabled, seed
-        self.epoch, self.position, self.difficulty, self.dropped = 0, 0, {}, set()
+        self.ids, self.batch_size, self.tau = list(ids), batch_size, tau
+        self.enabled, self.seed = enabled, seed
+        self.epoch, self.position, self.difficulty, self.dropped = 0, 0, {}, []
         self.pool = self.ids if enabled else self._shuffled()
 
     def next_batch(self):
-        """The next ids, at most batch_size; the last batch of an epoch may be smaller. Starts an epoch when one is through."""
+        """The next ids, at most batch_size; the last batch of an epoch may be smaller."""
         if self.position >= len(self.pool):
             self._next_epoch()
         batch = self.pool[self.position:self.position + self.batch_size]
@@ -241,7 +218,7 @@ class CurriculumQueue:
         return batch
 
     def record(self, query_id, ndcg_at_1):
-        """Difficulty from the group's rewards: d = mean (1 - NDCG@1)."""
+        """The difficulty that a group of responses shows: d = mean (1 - NDCG@1)."""
         self.difficulty[query_id] = sum(1.0 - x for x in ndcg_at_1) / len(ndcg_at_1)
 
     def _next_epoch(self):
@@ -249,11 +226,13 @@ class CurriculumQueue:
         if not self.enabled:
             self.pool = self._shuffled()
             return
-        hardness = {i: self.difficulty.get(i, 1.0) for i in self.ids}  # never rolled out (a run cut short): hard
-        self.dropped |= {i for i in self.pool if hardness[i] < self.tau}
-        if len(self.ids) - len(self.dropped) < self.batch_size:
-            self.dropped = set()
-        self.pool = sorted((i for i in self.ids if i not in self.dropped), key=hardness.get)  # stable: ties keep their order
+        difficulty = {i: self.difficulty.get(i, 1.0) for i in self.ids}  # never answered so far: hard
+        dropped = {*self.dropped, *(i for i in self.pool if difficulty[i] < self.tau)}
+        if len(self.ids) - len(dropped) < self.batch_size:
+            dropped = set()
+        self.dropped = sorted(dropped)
+        left = [i for i in self.ids if i not in dropped]
+        self.pool = sorted(left, key=difficulty.get)  # ties stay in order
 
     def _shuffled(self):
         return random.Random(f"{self.seed}/{self.epoch}").sample(self.ids, len(self.ids))
@@ -264,158 +243,118 @@ class CurriculumQueue:
                 "difficulty": sum(known) / len(known) if known else 1.0}
 
     def state_dict(self):
-        """Plain values, fit for JSON."""
-        return {"epoch": self.epoch, "position": self.position, "difficulty": dict(self.difficulty),
-                "dropped": sorted(self.dropped), "pool": list(self.pool)}
+        return {name: getattr(self, name) for name in self.STATE}
 
     def load_state_dict(self, state):
-        if unknown := set(state["pool"]) - set(self.ids):
-            raise ValueError(f"the curriculum's state names {len(unknown)} queries that are not here, for instance {min(unknown)!r}")
-        self.epoch, self.position = state["epoch"], state["position"]
-        self.difficulty, self.dropped, self.pool = dict(state["difficulty"]), set(state["dropped"]), list(state["pool"])
+        for name in self.STATE:
+            setattr(self, name, state[name])
 
 
-# --- rollout -----------------------------------------------------------------------------------------------------------------
-
+# --- training step --------------------------------------------------------------------------------------
 
 @dataclass
-class Rollout:
-    """G responses to each of B queries; row b * G + g. logprobs, ref_logprobs, advantages, mask: (B G, T)."""
+class Task:
+    """What ReRec trains with beside the model: the queue of queries, and what rewards look things up in."""
 
-    queries: list[Query]
-    group_size: int
-    prefixes: list[list[int]]
-    owner: list[int]
-    suffixes: list[list[int]]
-    responses: list[list[int]] = field(default_factory=list)
-    judged: list[Judged] = field(default_factory=list)
-    logprobs: torch.Tensor | None = None
-    ref_logprobs: torch.Tensor | None = None
-    advantages: torch.Tensor | None = None
+    queue: CurriculumQueue
+    graph: dict = field(default_factory=dict)       # rewards.attribute_graph
+    embeddings: dict = field(default_factory=dict)  # rewards.item_embeddings
 
+def roll_out(model, tokenizer, queries, args, num_samples, greedy=False):
+    """`num_samples` responses to each query: a policy.Rollout; row b * G + g."""
+    prompts = [build_prompt(tokenizer, q, args.personalized) for q in queries]
+    sampling = policy.Sampling(args.max_new_tokens, args.temperature, greedy)
+    return policy.sample_rows(model, tokenizer, prompts, num_samples, sampling)
 
-def generate(model, tokenizer, queries, group_size, sampling, personalized=False, list_length=1):
-    """Sample G responses to each query. The prompt is prefilled once a query."""
-    prompts = [build_prompt(tokenizer, q, personalized, list_length) for q in queries]
-    rows = [n for n in range(len(queries)) for _ in range(group_size)]
-    rollout = Rollout(queries, group_size, [p.prefix_ids for p in prompts], rows, [prompts[n].suffix_ids[0] for n in rows])
-    rollout.responses, _ = policy.sample_rows(model, tokenizer, rollout.prefixes, rollout.owner, rollout.suffixes, sampling)
-    return rollout
-
-
-def judge(tokenizer, rollout, graph=None, embeddings=None, weights=(0.01, 0.01), penalty=0.3, list_length=1, min_std=0.0):
-    """Fill in what became of each response and its tokens' advantages. penalty 0: no RAAE. Returns the rollout."""
-    G, width = rollout.group_size, max(map(len, rollout.responses), default=0)
-    token_rewards, mask = torch.zeros(len(rollout.owner), width), torch.zeros(len(rollout.owner), width, dtype=torch.bool)
-    rollout.judged = []
+def judge(tokenizer, rollout, queries, task, args):
+    """What became of each response, and its tokens' advantages: [Judged] of N rows, (N, T)."""
+    G, width = rollout.num_samples, max(map(len, rollout.responses), default=0)
+    judged, token_rewards = [], torch.zeros(len(rollout.responses), width)
+    mask = torch.zeros_like(token_rewards, dtype=torch.bool)
     for row, (n, ids) in enumerate(zip(rollout.owner, rollout.responses)):
-        query = rollout.queries[n]
         text, offsets = token_offsets(tokenizer, ids)
-        judged = score_response(text, query, graph, embeddings, weights, list_length)
-        titles = [shown_title(c) for c in query.candidates]
-        token_rewards[row, :len(ids)] = torch.tensor(
-            segment_rewards(text, offsets, judged.reward, judged.title, judged.correct, penalty, titles))
+        j = score_response(text, queries[n], task.graph, task.embeddings, args.reward_weights)
+        rewards = segment_rewards(text, offsets, j.reward, j.title, j.correct, args.raae_penalty,
+                                  map(shown_title, queries[n].candidates))
+        token_rewards[row, :len(ids)] = torch.tensor(rewards)
         mask[row, :len(ids)] = True
-        rollout.judged.append(judged)
-    rollout.advantages = torch.cat([group_advantages(r, m, min_std) for r, m in zip(token_rewards.split(G), mask.split(G))])
-    return rollout
+        judged.append(j)
+    groups = [group_advantages(r, m, args.min_std) for r, m in zip(token_rewards.split(G), mask.split(G))]
+    return judged, torch.cat(groups) if judged else token_rewards
 
-
-@torch.no_grad()
-def score(model, rollout, temperature=1.0, micro_batch=32, share_prefix=True, reference=None):
-    """Fill in log-probabilities, by the forward path of the update: of `model` (None: left to the update), and of `reference`."""
-    rows = (rollout.prefixes, rollout.owner, rollout.suffixes, rollout.responses, temperature, micro_batch, share_prefix)
-    if model is not None:
-        rollout.logprobs, _, _ = policy.all_logprobs(model, *rows)
-    if reference is not None:
-        rollout.ref_logprobs, _, _ = policy.all_logprobs(reference, *rows)
-    return rollout
-
-
-# --- update ------------------------------------------------------------------------------------------------------------------
-
-
-def updated_rows(rollout, kl_coef=0.0):
-    """The rows that the update goes through: those of groups with an advantage; all, where every group pays its KL."""
-    alive = {rollout.owner[n] for n in rollout.advantages.any(1).nonzero().flatten().tolist()}
-    return [n for n, o in enumerate(rollout.owner) if o in alive or kl_coef]
-
-
-def count_tokens(rollout, kl_coef=0.0):
-    """What `backward` divides by: {"tokens": of all responses, "updated": of those that the update goes through}."""
-    lengths = [len(r) for r in rollout.responses]
-    return {"tokens": sum(lengths), "updated": sum(lengths[n] for n in updated_rows(rollout, kl_coef))}
-
-
-def backward(model, rollout, clip=0.2, kl_coef=0.0, temperature=1.0, micro_batch=32, share_prefix=True, counts=None):
+def backward(model, rollout, advantages, tokens, args, old_logprobs=None, ref_logprobs=None):
     """Add the gradient of clipped loss + kl_coef * k3 to the parameters. Returns metrics.
 
-    Both are sums over tokens divided by the tokens of the whole rollout, so micro-batches, padding and skipped groups do not
-    change them. Groups without advantage are skipped, unless they still pay their KL. Where the rollout was not scored, this is
-    the first update on it: the old log-probabilities are those of now, and are left in it. counts: `count_tokens` of the whole
-    step, where the rollout is one process's part of it (None: the rollout's own); gradients and metrics then are this part's
-    share, to be summed.
+    Both are sums over tokens divided by `tokens`, those of the whole step: micro-batches, padding and skipped
+    groups do not change them. Groups without advantage are skipped, unless they pay their KL. old_logprobs
+    None: this is the first update on the rollout, and the old log-probabilities are those of now.
     """
-    rows, alive = updated_rows(rollout, kl_coef), {rollout.owner[n] for n in updated_rows(rollout)}
-    counts, fresh = counts or count_tokens(rollout, kl_coef), rollout.logprobs is None
-    tokens, updated = max(1, counts["tokens"]), max(1, counts["updated"])
-    if fresh:
-        rollout.logprobs = torch.zeros(len(rollout.owner), max(map(len, rollout.responses), default=0), device=model.device)
-    totals = {"token_loss": 0.0, "kl": 0.0, "clipped": 0.0, "entropy": 0.0, "dead_groups": len(rollout.queries) - len(alive)}
-    for prefix, owner, part in policy.micro_batches(model, rollout.prefixes, rollout.owner, rollout.suffixes, rollout.responses,
-                                                    micro_batch, share_prefix, rows):
-        logprobs, mask, _ = policy.row_logprobs(
-            prefix, owner, [rollout.suffixes[n] for n in part], [rollout.responses[n] for n in part], temperature)
+    alive = {rollout.owner[n] for n in advantages.any(1).nonzero().flatten().tolist()}
+    sums = dict.fromkeys(("token_loss", "kl", "clipped", "entropy", "updated"), 0.0)
+    sums["dead_groups"] = len(rollout.prompts) - len(alive)
+    rows = [n for n, owner in enumerate(rollout.owner) if owner in alive or args.kl_coef]
+    for rows, logprobs, mask, _ in policy.micro_batches(
+            model, rollout, args.micro_batch, args.temperature, rows):
         width = mask.shape[1]
-        if fresh:
-            rollout.logprobs[part, :width] = logprobs.detach()
-        totals["entropy"] -= logprobs.detach()[mask].sum().item() / updated
-        old, advantage = rollout.logprobs[part, :width], rollout.advantages[part, :width].to(logprobs.device)
-        loss = policy.clipped_loss(logprobs, old, advantage, clip)[mask].sum() / tokens
-        totals["token_loss"] += loss.item()
-        totals["clipped"] += ((((logprobs - old).exp() - 1).abs() > clip) & mask).sum().item() / tokens
-        if kl_coef:
-            kl = policy.k3_kl(logprobs, rollout.ref_logprobs[part, :width])[mask].sum() / tokens
-            totals["kl"] += kl.item()
-            loss = loss + kl_coef * kl
+        old = logprobs.detach() if old_logprobs is None else old_logprobs[rows, :width]
+        advantage = advantages[rows, :width].to(logprobs.device)
+        loss = policy.clipped_loss(logprobs, old, advantage)[mask].sum() / tokens
+        sums["token_loss"] += loss.item()
+        outside = ((logprobs - old).exp() - 1).abs() > policy.CLIP
+        sums["clipped"] += outside[mask].sum().item() / tokens
+        sums["entropy"] -= logprobs.detach()[mask].sum().item()
+        sums["updated"] += mask.sum().item()
+        if args.kl_coef:
+            kl = policy.k3_kl(logprobs, ref_logprobs[rows, :width])[mask].sum() / tokens
+            sums["kl"] += kl.item()
+            loss = loss + args.kl_coef * kl
         loss.backward()
-    return totals
+    return sums
+
+def train_step(model, tokenizer, task, queries, optimizer, args, reference=None):
+    """One step of GRPO on this process's share of the step's queries. Returns metrics of all processes.
+
+    optimizer: parallel.Optimizer, which adds up over processes; reference: the model before RL, for the KL.
+    """
+    started = time.perf_counter()
+    # 1. G responses to each query, their rewards, and every token's advantage in its group.
+    rollout = roll_out(model, tokenizer, queries, args, args.group_size)
+    judged, advantages = judge(tokenizer, rollout, queries, task, args)
+    sampled = time.perf_counter()
+    # 2. The queue learns how hard the queries were.
+    G = args.group_size
+    solved = [(q.id, [float(j.correct) for j in judged[n * G:(n + 1) * G]]) for n, q in enumerate(queries)]
+    for query_id, ndcg_at_1 in optimizer.gather(solved):
+        task.queue.record(query_id, ndcg_at_1)
+    count = optimizer.sum({"responses": len(judged), "tokens": sum(map(len, rollout.responses))})
+    old, ref = None, None
+    if args.ppo_epochs > 1:
+        old, _ = policy.all_logprobs(model, rollout, args.micro_batch, args.temperature)
+    if args.kl_coef:
+        ref, _ = policy.all_logprobs(reference, rollout, args.micro_batch, args.temperature)
+    # 3. The update, a micro-batch at a time.
+    for _ in range(args.ppo_epochs):
+        sums = backward(model, rollout, advantages, max(1, count["tokens"]), args, old, ref)
+        norm = optimizer.step()
+
+    means = {
+        "reward": [j.reward for j in judged], "accuracy": [j.correct for j in judged],
+        "ndcg": [j.ndcg for j in judged], "format_rate": [j.boxed for j in judged],
+        "query_alignment": [j.terms["query_alignment"] for j in judged],
+        "preference_alignment": [j.terms["preference_alignment"] for j in judged],
+        "truncated": [len(r) >= args.max_new_tokens for r in rollout.responses]}
+    sums = optimizer.sum(sums | {name: sum(v) / count["responses"] for name, v in means.items()})
+    sums["entropy"] /= max(1, sums.pop("updated"))
+    return sums | task.queue.statistics() | {
+        "grad_norm": norm, "tokens": count["tokens"], "length": count["tokens"] / count["responses"],
+        "seconds_sample": sampled - started, "seconds": time.perf_counter() - started}
 
 
-# --- evaluation --------------------------------------------------------------------------------------------------------------
+# --- answering ------------------------------------------------------------------------------------------
 
-
-METRICS = ("accuracy", "ndcg@10", "format_rate", "length")
-
-
-def query_metrics(answers, truths, boxed=True, length=0):
-    """Metrics of one response, from the ids it answers: accuracy (top-1), NDCG@10 of its list, format, tokens."""
-    return {"accuracy": float(bool(answers) and answers[0] in truths), "ndcg@10": answers_ndcg(answers, truths, 10), "format_rate": float(boxed),
-            "length": float(length)}
-
-
-def random_metrics(queries, list_length=1, seed=0):
-    """The same of a guess: `list_length` candidates at random."""
-    rng = random.Random(f"random/{seed}")
-    return [query_metrics([c.id for c in rng.sample(q.candidates, min(list_length, len(q.candidates)))], q.truths) for q in queries]
-
-
-def answer(model, tokenizer, queries, sampling, personalized=False, list_length=1):
-    """One response to each query, greedy if `sampling` says so: [(text, metrics)]."""
-    rollout = generate(model, tokenizer, queries, 1, sampling, personalized, list_length)
-    results = []
-    for query, ids in zip(queries, rollout.responses):
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        judged = score_response(text, query, weights=(0.0, 0.0), list_length=list_length)
-        results.append((text, query_metrics(judged.answers, query.truths, judged.boxed, len(ids))))
-    return results
-
-
-OPEN_ENDED = "You are a recommendation assistant. Answer with the titles that fit the request, best first, separated by [SEP], and nothing else."
-
-
-def answer_open_ended(model, tokenizer, queries, sampling):
-    """Responses to the requests alone, without candidates, for rewards.open_ended: texts."""
-    prompts = [policy.encode_prompt(tokenizer, OPEN_ENDED, re.sub(r"\[+SEP\]+", "SEP", f"Request: {q.text}"), [""]) for q in queries]
-    rows, _ = policy.sample_rows(model, tokenizer, [p.prefix_ids for p in prompts], list(range(len(prompts))), [p.suffix_ids[0] for p in prompts], sampling)
-    return tokenizer.batch_decode(rows, skip_special_tokens=True)
+def answer(model, tokenizer, queries, args):
+    """One greedy response to each query: [(text, Judged, number of tokens)]."""
+    rollout = roll_out(model, tokenizer, queries, args, 1, greedy=True)
+    texts = tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
+    return [(text, score_response(text, query), len(ids))
+            for text, query, ids in zip(texts, queries, rollout.responses)]

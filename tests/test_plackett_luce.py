@@ -1,4 +1,4 @@
-"""Plackett-Luce, exact and sampled, and the credit of a rationale, against enumeration of all permutations."""
+"""Plackett-Luce, exact and sampled, and the credit of rationales, against enumeration of all permutations."""
 
 import itertools
 import math
@@ -13,7 +13,7 @@ RELEVANCE = [[0, 1, 0], [1, 0, 0, 1], [0, 2, 1, 0, 3], [0, 0, 0, 0, 1]]
 
 
 def enumerate_value(scores, relevance, k):
-    """V(s) by summing P(sigma) NDCG(sigma) over all K! permutations, with P from its definition. Differentiable."""
+    """V(s): P(sigma) NDCG(sigma) summed over all K! permutations, P from its definition. Differentiable."""
     value = 0.0
     for order in itertools.permutations(range(len(scores))):
         left, probability = list(order), 1.0
@@ -92,13 +92,15 @@ def test_exact_value_in_float32_batched():
     assert got.shape == (3, 2)
     for a in range(3):
         for b in range(2):
-            assert got[a, b].item() == pytest.approx(enumerate_value(scores[a, b].double(), RELEVANCE[2], 3).item(), abs=1e-5)
+            want = enumerate_value(scores[a, b].double(), RELEVANCE[2], 3)
+            assert got[a, b].item() == pytest.approx(want.item(), abs=1e-5)
 
 
 def test_exact_value_of_twenty_against_sampling():
     scores, relevance = random_scores(20, 1.5), torch.zeros(20, dtype=torch.float64)
     relevance[[4, 11]] = torch.tensor([1.0, 2.0], dtype=torch.float64)
-    utility = r2r.permutation_ndcg(r2r.pl_sample(scores, 40000, torch.Generator().manual_seed(0)), relevance, 10)
+    samples = r2r.pl_sample(scores, 40000, torch.Generator().manual_seed(0))
+    utility = r2r.permutation_ndcg(samples, relevance, 10)
     assert abs(r2r.expected_ndcg(scores, relevance, 10) - utility.mean()) < 5 * utility.std() / 200
 
 
@@ -117,6 +119,10 @@ def test_no_relevant_candidate():
     assert torch.equal(r2r.permutation_ndcg(torch.tensor([[1, 0, 2, 3]]), torch.zeros(4)), torch.zeros(1))
 
 
+def gradient_of(loss, scores):
+    return torch.autograd.grad(loss, scores)[0]
+
+
 @pytest.mark.parametrize("relevance", RELEVANCE[1:3])
 def test_both_score_losses_have_the_gradient_of_the_enumerated_value(relevance):
     """REINFORCE within its standard error over many draws; exact to 1e-5. Column by column."""
@@ -128,8 +134,8 @@ def test_both_score_losses_have_the_gradient_of_the_enumerated_value(relevance):
     exact = torch.autograd.grad(r2r.score_loss(scores, target, k)[0].sum(), scores)[0]
     torch.testing.assert_close(-exact, want, atol=1e-5, rtol=0)
     generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([-torch.autograd.grad(r2r.score_loss(scores, target, k, r2r.gumbel((M, K), generator).double())[0].sum(),
-                                              scores)[0] for _ in range(4000)])
+    noises = [r2r.gumbel((M, K), generator).double() for _ in range(4000)]
+    draws = -torch.stack([gradient_of(r2r.score_loss(scores, target, k, n)[0].sum(), scores) for n in noises])
     error = draws.std(0) / math.sqrt(len(draws))
     assert ((draws.mean(0) - want).abs() < 5 * error + 1e-12).all()
     assert (error < 0.01).all()  # so that a wrong factor could not hide in the error
@@ -139,13 +145,14 @@ def test_leave_one_out_baseline_does_not_move_the_gradient_but_calms_it():
     relevance, scores = torch.tensor([0.0, 1, 0, 0]), random_scores((4, 1), 1.0).float().requires_grad_()
     generator = torch.Generator().manual_seed(0)
     noises = [r2r.gumbel((16, 4), generator) for _ in range(500)]
-    with_baseline = torch.stack([torch.autograd.grad(r2r.score_loss(scores, relevance, 10, n)[0].sum(), scores)[0] for n in noises])
+    losses = (r2r.score_loss(scores, relevance, 10, n)[0].sum() for n in noises)
+    with_baseline = torch.stack([gradient_of(loss, scores) for loss in losses])
     columns = scores.T
     plain = []
     for n in noises:
         orders = (columns.detach()[:, None] + n).argsort(-1, descending=True)
-        loss = -(r2r.permutation_ndcg(orders, relevance, 10) * r2r.pl_log_prob(columns[:, None], orders, 10)).mean()
-        plain.append(torch.autograd.grad(loss, scores)[0])
+        utility = r2r.permutation_ndcg(orders, relevance, 10)
+        plain.append(gradient_of(-(utility * r2r.pl_log_prob(columns[:, None], orders, 10)).mean(), scores))
     plain = torch.stack(plain)
     assert (with_baseline.var(0).sum() < 0.5 * plain.var(0).sum()).item()
     torch.testing.assert_close(with_baseline.mean(0), plain.mean(0), atol=0.03, rtol=0)
@@ -175,7 +182,8 @@ def test_item_credit_by_brute_force(relevance, elements, monkeypatch):
 def test_sampled_item_credit_agrees_with_the_exact_one():
     scores, relevance = random_scores((5, 3), 1.5), torch.tensor(RELEVANCE[2], dtype=torch.float64)
     noise = r2r.gumbel((20000, 5), torch.Generator().manual_seed(0)).double()
-    torch.testing.assert_close(r2r.item_credit(scores, relevance, 3, noise), r2r.item_credit(scores, relevance, 3), atol=0.01, rtol=0)
+    exact = r2r.item_credit(scores, relevance, 3)
+    torch.testing.assert_close(r2r.item_credit(scores, relevance, 3, noise), exact, atol=0.01, rtol=0)
 
 
 def test_advantages_by_their_formulas():
@@ -192,9 +200,9 @@ def test_advantages_by_their_formulas():
 
 @pytest.mark.parametrize("credit", ["item", "list"])
 def test_identical_rationales_get_no_advantage(credit):
-    scores = torch.randn(6, 1).expand(6, 4)
-    assert r2r.advantages(scores, torch.tensor([0.0, 1, 0, 0, 0, 0]), credit=credit).abs().max() < 1e-2
-    assert torch.equal(r2r.advantages(scores[:, :1], torch.tensor([0.0, 1, 0, 0, 0, 0]), credit=credit), torch.zeros(6, 1))
+    scores, relevance = torch.randn(6, 1).expand(6, 4), torch.tensor([0.0, 1, 0, 0, 0, 0])
+    assert r2r.advantages(scores, relevance, credit=credit).abs().max() < 1e-2
+    assert torch.equal(r2r.advantages(scores[:, :1], relevance, credit=credit), torch.zeros(6, 1))
 
 
 def test_better_score_for_the_positive_earns_the_higher_credit():

@@ -1,237 +1,289 @@
-"""Prompts, rollout, update and ranking: against an independent computation, and what must not change a result."""
+"""R2Rank's step, ranking and head: against the written objective, and what must not change a result."""
 
 import copy
+import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 import policy
 import r2r
-from data import InputError, Item
+import train
+from data import InputError
+from steps import Recorder, close, pad_logprobs, plain_row, replay, settings, token_terms
+from test_plackett_luce import enumerate_value
+
+RELEVANCE = [[0.0, 1.0, 0.0, 0.0], [2.0, 0.0, 1.0]]
 
 
 @pytest.fixture(scope="module")
-def rollout(model_and_tokenizer, score_head, toy):
-    """Two lists of 4 and 3 candidates, 3 rationales each, sampled and scored."""
+def lists(toy):
+    """Two lists, of 4 and 3 candidates, with histories of unequal length."""
+    return [replace(e, history=e.history[n:], candidates=e.candidates[:len(y)], relevance=y)
+            for n, (e, y) in enumerate(zip(toy.examples("test", 2), RELEVANCE))]
+
+
+@pytest.fixture(scope="module")
+def rollout(model_and_tokenizer, lists):
+    """Three sampled rationales a candidate, of unequal lengths."""
     model, tokenizer = model_and_tokenizer
     torch.manual_seed(0)
-    examples = toy.examples("test", 2)
-    prompts = [r2r.build_prompt(tokenizer, e.history[n:], e.candidates[:4 - n]) for n, e in enumerate(examples)]
-    relevance = [torch.tensor([0.0, 1, 0, 0]), torch.tensor([2.0, 0, 1])]
-    rollout = r2r.generate(model, tokenizer, prompts, relevance, 3, policy.Sampling(9))
-    rollout.responses[2], rollout.responses[5] = rollout.responses[2][:4], rollout.responses[5][:1]  # unequal lengths
-    return r2r.score(model, score_head, rollout)
+    found = r2r.roll_out(model, tokenizer, [(e.history, e.candidates) for e in lists], settings(), 3)
+    found.responses[2], found.responses[5] = found.responses[2][:4], found.responses[5][:1]
+    found.hidden = policy.all_logprobs(model, found)[1]
+    return found
 
 
-def gradients(*modules):
-    return torch.cat([p.grad.flatten() for m in modules for p in m.parameters()])
+# --- the step ---
 
 
-def zero(*modules):
-    for m in modules:
-        m.zero_grad()
+def objective(model, head, rollout, args, old_rows=None, reference=None):
+    """Score loss + token loss + KL as written, in one graph: (loss, metrics)."""
+    size = range(len(rollout.owner))
+    pairs = [plain_row(model, rollout, n, args.temperature) for n in size]
+    rows, hidden = [p[0] for p in pairs], torch.stack([p[1] for p in pairs])
+    scores = head(hidden.detach() if args.score_gradient == "head" else hidden)
+    columns = [(s, torch.tensor(y)) for s, y in zip(rollout.by_list(scores), RELEVANCE)]
+    values = [torch.stack([enumerate_value(c, y.tolist(), 10) for c in s.T]).mean() for s, y in columns]
+    advantages = torch.cat([r2r.advantages(s.detach(), y, credit=args.credit).flatten() for s, y in columns])
+    with torch.no_grad():
+        refs = [plain_row(reference, rollout, n, args.temperature)[0] for n in size] if args.kl_coef else rows
+    loss, metrics = token_terms(rows, old_rows or [r.detach() for r in rows], refs, advantages, args.kl_coef)
+    return loss - sum(values) / len(values), metrics | {"utility": sum(values).item() / len(values)}
 
 
-def direct_loss(model, head, rollout, advantages, clip, kl_coef, old, ref, temperature):
-    """Score loss + token loss + KL as METHODS writes them: one graph, one row at a time, no cache and no padding. And the metrics."""
-    scores, tokens = [], sum(map(len, rollout.responses))
-    told = {"token_loss": 0.0, "kl": 0.0, "clipped": 0.0, "entropy": 0.0}
-    for n, response in enumerate(rollout.responses):
-        start = rollout.prefixes[rollout.owner[n]] + rollout.suffixes[n]
-        out = model(torch.tensor([start + response]), output_hidden_states=True)
-        scores.append(head(out.hidden_states[-1][0, -1]))
-        logprobs = (out.logits[0, len(start) - 1:-1] / temperature).log_softmax(-1).gather(1, torch.tensor(response)[:, None]).squeeze(1)
-        ratio = (logprobs - old[n, :len(response)]).exp()
-        told["token_loss"] -= torch.minimum(ratio * advantages[n], ratio.clamp(1 - clip, 1 + clip) * advantages[n]).sum() / tokens
-        told["clipped"] += ((ratio < 1 - clip) | (ratio > 1 + clip)).sum().item() / tokens
-        told["entropy"] -= logprobs.detach().sum().item()
-        gap = ref[n, :len(response)] - logprobs
-        told["kl"] += (gap.exp() - gap - 1).sum() / tokens
-    values = [r2r.expected_ndcg(s.T, y, 10).mean() for s, y in zip(rollout.lists(torch.stack(scores)), rollout.relevance)]
-    return -sum(values) / len(values) + told["token_loss"] + kl_coef * told["kl"], {k: torch.as_tensor(v).item() for k, v in told.items()}
+def take_step(model, head, tokenizer, lists, args, reference=None, **recorder):
+    """(gradients of each update, metrics) of r2r.train_step on copies of model and head."""
+    model, head = copy.deepcopy((model, head))
+    kept = Recorder(model, head, **recorder)
+    metrics = r2r.train_step(model.train(), tokenizer, head, lists, kept, args, reference)
+    return kept.gradients, metrics
 
 
-@pytest.mark.parametrize("credit", ["item", "list"])
-@pytest.mark.parametrize("kl_coef, temperature", [(0.0, 1.0), (0.3, 1.0), (0.3, 0.7)])
-def test_update_is_the_gradient_of_the_written_objective(model, score_head, rollout, credit, kl_coef, temperature):
-    """Off policy (the old log-probabilities are moved, so that the clip acts), with micro-batches and the shared prefix."""
-    signal = r2r.signal(rollout, credit=credit)
-    generator = torch.Generator().manual_seed(1)
-    moved = r2r.Rollout(rollout.prompts, rollout.relevance, 3, rollout.responses, scores=rollout.scores)
-    moved.logprobs = rollout.logprobs + 0.3 * torch.randn(rollout.logprobs.shape, generator=generator)
-    moved.ref_logprobs = rollout.logprobs + 0.3 * torch.randn(rollout.logprobs.shape, generator=generator)
-    zero(model, score_head)
-    loss, told = direct_loss(model, score_head, rollout, signal.advantages, 0.2, kl_coef, moved.logprobs, moved.ref_logprobs, temperature)
-    loss.backward()
-    want = gradients(model, score_head)
-    for micro_batch in (1, 5, 100):
-        for share in (True, False):
-            zero(model, score_head)
-            metrics = r2r.backward(model, score_head, moved, signal, 0.2, kl_coef, temperature, micro_batch, share)
-            got = gradients(model, score_head)
-            assert (got - want).norm() / want.norm() < 1e-5
-            assert 0 < metrics["clipped"] < 1
-            assert {k: metrics[k] for k in told} == pytest.approx(told | {"kl": told["kl"] * (kl_coef > 0)}, abs=1e-4)
-    zero(model, score_head)
+@pytest.mark.parametrize("changes", [
+    {}, {"credit": "list"}, {"credit": "none"}, {"temperature": 0.7}, {"score_gradient": "head"},
+    {"kl_coef": 0.3, "temperature": 0.7}, {"kl_coef": 0.3, "ppo_epochs": 2}, {"no_reasoning": True}],
+    ids=lambda changes: "-".join(changes) or "default")
+def test_a_step_follows_the_written_objective(
+        model, tokenizer, score_head, lists, rollout, changes, monkeypatch):
+    """Also of a second update, when weights and scores have moved so far that the clip acts."""
+    args = settings(**changes)
+    if args.no_reasoning:
+        rollout = r2r.roll_out(model, tokenizer, [(e.history, e.candidates) for e in lists], args, 1)
+    replay(monkeypatch, rollout)
+    moved = copy.deepcopy(model)
+    for p in moved.parameters():
+        p.data += 0.01 * torch.randn_like(p)
+    found, metrics = take_step(model, score_head, tokenizer, lists, args, moved, rate=0.3)
+    model, head = copy.deepcopy((model, score_head))
+    kept, old_rows, utility = Recorder(model, head, rate=0.3), None, []
+    for _ in range(args.ppo_epochs):
+        loss, wanted = objective(model, head, rollout, args, old_rows, moved)
+        utility.append(wanted.pop("utility"))
+        with torch.no_grad():
+            old_rows = [plain_row(model, rollout, n, args.temperature)[0] for n in range(len(rollout.owner))]
+        loss.backward()
+        kept.step()
+    assert len(found) == args.ppo_epochs and all(map(close, found, kept.gradients))
+    assert {name: metrics[name] for name in wanted} == pytest.approx(wanted, abs=1e-4)
+    assert metrics["utility"] == pytest.approx(utility[0], abs=1e-5)  # of the rollout, before any update
+    assert metrics["grad_norm"] == pytest.approx(found[-1].norm().item())
+    # On policy nothing is clipped; off policy the test would show nothing if nothing were.
+    assert 0 < metrics["clipped"] < 1 if args.ppo_epochs == 2 else metrics["clipped"] == 0
 
 
-def test_on_policy_nothing_is_clipped(model, score_head, rollout):
-    metrics = r2r.backward(model, score_head, rollout, r2r.signal(rollout), clip=1e-3)
-    assert metrics["clipped"] == 0.0
-    zero(score_head)
+def test_what_each_part_of_the_gradient_trains(model, tokenizer, score_head, lists, rollout, monkeypatch):
+    """No credit: the score loss alone. score_gradient "head": it reaches the head alone. They add up."""
+    replay(monkeypatch, rollout)
+    weights = sum(p.numel() for p in model.parameters())
+    found = {}
+    none, head = {"credit": "none"}, {"score_gradient": "head"}
+    for name, changes in {"whole": {}, "scores": none, "tokens": head, "neither": none | head}.items():
+        (gradient,), metrics = take_step(model, score_head, tokenizer, lists, settings(**changes))
+        found[name] = gradient[:weights]
+        assert (metrics["token_loss"] == 0) == ("credit" in changes) and gradient[weights:].any()
+        assert name == "neither" or found[name].any()
+    assert close(found["scores"] + found["tokens"], found["whole"]) and not found["neither"].any()
 
 
-def test_scoring_does_not_depend_on_micro_batches(model, score_head, rollout):
-    results = []
-    for micro_batch in (1, 4, 100):
-        again = r2r.Rollout(rollout.prompts, rollout.relevance, 3, rollout.responses)
-        results.append(r2r.score(model, score_head, again, micro_batch=micro_batch))
-    for r in results[1:]:
-        torch.testing.assert_close(r.scores, results[0].scores, atol=1e-5, rtol=0)
-        torch.testing.assert_close(r.logprobs, results[0].logprobs, atol=1e-5, rtol=0)
+def test_micro_batches_and_sharing_change_nothing(model, tokenizer, score_head, lists, rollout, monkeypatch):
+    """What is computed beyond a response's end does not count, either."""
+    replay(monkeypatch, rollout)
+    args = settings(kl_coef=0.3, ppo_epochs=2)
+    wanted, metrics = take_step(model, score_head, tokenizer, lists, args, model, rate=0.3)
+    pad_logprobs(monkeypatch)
+    for micro_batch, share in ((1, True), (4, False), (100, True), (100, False)):
+        monkeypatch.setattr(policy, "SHARE_PREFIX", share)
+        args.micro_batch = micro_batch
+        found, again = take_step(model, score_head, tokenizer, lists, args, model, rate=0.3)
+        assert all(map(close, found, wanted))
+        for name in ("utility", "token_loss", "kl", "clipped", "entropy", "score_std", "length"):
+            assert again[name] == pytest.approx(metrics[name], abs=1e-4), name
 
 
-def test_lists_without_signal_are_skipped_and_change_nothing(model, score_head, rollout, monkeypatch):
-    signal = r2r.signal(rollout)
-    first = 4 * 3
-    signal.score_gradient[first:], signal.advantages[first:], results = 0.0, 0.0, []
+def test_the_order_of_candidates_changes_nothing(model, tokenizer, score_head, lists):
+    """Sampling included: the same seed gives a candidate the same rationales, wherever it stands."""
+    found = []
+    for order in ((0, 1, 2, 3), (2, 1, 0, 3), (3, 1, 0, 2)):
+        orders = [[i for i in order if i < len(e.candidates)] for e in lists]
+        shuffled = [replace(e, candidates=[e.candidates[i] for i in o], relevance=[e.relevance[i] for i in o])
+                    for e, o in zip(lists, orders)]
+        torch.manual_seed(0)
+        found += take_step(model, score_head, tokenizer, shuffled, settings())[0]
+    assert close(found[1], found[0]) and close(found[2], found[0]) and found[0].any()
+
+
+def test_shares_of_a_step_add_up_to_the_whole(model, tokenizer, score_head, lists, rollout, monkeypatch):
+    """As several processes share it: one list each, and one process without any."""
+    replay(monkeypatch, rollout)
+    (whole,), metrics = take_step(model, score_head, tokenizer, lists, settings())
+    totals = {"lists": 2, "rationales": len(rollout.owner), "tokens": sum(map(len, rollout.responses))}
+    shares = [take_step(model, score_head, tokenizer, share, settings(), totals=totals)
+              for share in (lists[:1], lists[1:], [])]
+    assert close(sum(gradient for (gradient,), _ in shares), whole) and not shares[2][0][0].any()
+    for name in ("utility", "token_loss", "format_rate", "truncated", "score_std", "dead_lists"):
+        assert sum(found[name] for _, found in shares) == pytest.approx(metrics[name], abs=1e-5)
+
+
+@pytest.mark.parametrize("pl", ["exact", "sample"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_score_that_is_no_number_is_seen_in_the_norm(
+        model, tokenizer, score_head, lists, rollout, pl, bad, monkeypatch):
+    """Sorting such scores gives a ranking, and so a finite gradient, unless somebody looks."""
+    class Broken(torch.nn.Module):
+        def forward(self, hidden):
+            return score_head(hidden) + torch.tensor([bad] + [0.0] * (len(hidden) - 1))
+
+    replay(monkeypatch, rollout)
+    assert math.isnan(take_step(model, Broken(), tokenizer, lists, settings(pl=pl))[1]["grad_norm"])
+    score_head.zero_grad()
+
+
+def test_lists_without_signal_are_skipped_unless_they_pay_their_kl(model, score_head, rollout, monkeypatch):
+    """A list that is ranked right with certainty teaches nothing; one of equal scores for all does."""
+    certain = torch.tensor([-200.0, 200, -200, -200]).repeat_interleave(3)
+    scores = torch.cat([certain, torch.tensor([1.0, 0, 0.5]).repeat_interleave(3)])
+    signal = r2r.learning_signal(rollout, scores, list(map(torch.tensor, RELEVANCE)), 2)
+    assert signal[3] == [1] and not signal[1][:12].any()
     seen, original = [], policy.row_logprobs
-    monkeypatch.setattr(policy, "row_logprobs", lambda prefix, owner, *a: (seen.append(len(owner)), original(prefix, owner, *a))[1])
-    for alive in ([0, 1], [0]):
-        zero(model, score_head)
+    monkeypatch.setattr(policy, "row_logprobs", lambda *rest: (seen.extend(rest[2]), original(*rest))[1])
+    old = torch.zeros(21, 9)
+    for kl_coef, rows in ((0.0, 9), (0.1, 21)):
         seen.clear()
-        signal.alive = alive
-        r2r.backward(model, score_head, rollout, signal)
-        results.append(gradients(model, score_head))
-        assert sum(seen) == (first if alive == [0] else len(rollout.owner))
-    torch.testing.assert_close(results[0], results[1], atol=1e-6, rtol=1e-4)
-    zero(score_head)
+        r2r.backward(model, score_head, rollout, signal, 99, settings(kl_coef=kl_coef), old, old)
+        assert len(seen) == rows
+    score_head.zero_grad()
 
 
-def test_a_list_of_equal_scores_is_dead_only_when_it_teaches_nothing(rollout):
-    again = r2r.Rollout(rollout.prompts, rollout.relevance, 3, rollout.responses)
-    again.scores = torch.tensor([-200.0, 200, -200, -200]).repeat_interleave(3)
-    again.scores = torch.cat([again.scores, torch.tensor([1.0, 0, 0.5]).repeat_interleave(3)])
-    signal = r2r.signal(again)
-    assert signal.alive == [1]  # the first is ranked right, certainly: no gradient, no advantage
-    assert signal.advantages[:12].abs().max() == 0
-
-
-def test_sampled_signal_estimates_the_exact_one(rollout):
-    exact = r2r.signal(rollout)
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([r2r.signal(rollout, permutations=64, generator=generator).score_gradient for _ in range(300)])
-    error = draws.std(0) / 300**0.5
-    assert ((draws.mean(0) - exact.score_gradient).abs() < 5 * error + 1e-7).all()
+def test_sampled_signal_estimates_the_exact_one(rollout, score_head, monkeypatch):
+    monkeypatch.setattr(r2r, "PERMUTATIONS", 64)
+    scores, relevance = score_head(rollout.hidden).detach(), [torch.tensor(y) for y in RELEVANCE]
+    exact = r2r.learning_signal(rollout, scores, relevance, 2)[0]
+    draws = torch.stack([r2r.learning_signal(rollout, scores, relevance, 2, "sample", "none")[0]
+                         for _ in range(300)])
+    assert ((draws.mean(0) - exact).abs() < 5 * draws.std(0) / 300**0.5 + 1e-7).all()
 
 
 # --- ranking ---
 
 
-def test_order_of_the_candidates_does_not_matter(model, tokenizer, score_head, toy):
-    e = toy.examples("test", 1)[0]
+def test_ranking_does_not_depend_on_the_order_of_candidates(model, tokenizer, score_head, toy):
+    (e,) = toy.examples("test", 1)
     first = r2r.rank(model, tokenizer, score_head, e.history, e.candidates, max_new_tokens=6)
-    assert [r.score for r in first] == sorted((r.score for r in first), reverse=True) and len(first) == 20
-    for seed in range(3):
-        shuffled = random.Random(seed).sample(e.candidates, 20)
-        again = r2r.rank(model, tokenizer, score_head, e.history, shuffled, max_new_tokens=6)
-        assert again == first  # to the last bit
+    assert [r.score for r in first] == sorted((r.score for r in first), reverse=True)
+    assert {r.item.id for r in first} == {c.id for c in e.candidates}
+    shuffled = random.Random(0).sample(e.candidates, 20)
+    again = r2r.rank(model, tokenizer, score_head, e.history, shuffled, max_new_tokens=6)
+    assert again == first  # to the last bit
+    with pytest.raises(TypeError, match="data.Item"):
+        r2r.rank(model, tokenizer, score_head, e.history, [c.title for c in e.candidates])
 
 
-def test_averaging_rationales(model, tokenizer, score_head, toy):
-    e = toy.examples("test", 1)[0]
-    torch.manual_seed(0)
-    (scores, rationales), = r2r.score_lists(model, tokenizer, score_head, [(e.history, e.candidates[:3])], policy.Sampling(5), 4)
-    assert scores.shape == (3,) and [len(r) for r in rationales] == [4, 4, 4]
+def test_scores_are_means_over_rationales(model, tokenizer, score_head, lists, rollout, monkeypatch):
+    replay(monkeypatch, rollout)
+    pairs = [(e.history, e.candidates) for e in lists]
+    found = r2r.score_lists(model, tokenizer, score_head, pairs, settings(), 3)
+    rows = [score_head(plain_row(model, rollout, n)[1]).item() for n in range(21)]
+    for (scores, rationales), start, size in zip(found, (0, 12), (4, 3)):
+        wanted = torch.tensor(rows[start:start + 3 * size]).view(size, 3).mean(1)
+        torch.testing.assert_close(scores, wanted, atol=1e-5, rtol=0)
+        responses = rollout.responses[start:start + 3 * size]
+        assert sum(rationales, []) == tokenizer.batch_decode(responses, skip_special_tokens=True)
 
 
-def test_without_reasoning_the_head_reads_the_prompt(model, tokenizer, toy):
-    e = toy.examples("test", 1)[0]
+def test_without_reasoning_the_head_reads_the_prompt(model, tokenizer, lists):
+    e = lists[0]
     head = r2r.ScoreHead(192, reasoning=False)
     torch.nn.init.normal_(head.layers[2].weight)
-    ranked = r2r.rank(model, tokenizer, head, e.history, e.candidates)
     prompt = r2r.build_prompt(tokenizer, e.history, e.candidates, reasoning=False)
-    for r in ranked:
-        ids = prompt.prefix_ids + prompt.suffix_ids[e.candidates.index(r.item)]
-        want = head(model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0, -1])
-        assert r.rationale == "" and r.score == pytest.approx(want.item(), abs=1e-4)
+    plain = policy.Rollout([prompt], 1)
+    for r in r2r.rank(model, tokenizer, head, e.history, e.candidates):
+        wanted = head(plain_row(model, plain, e.candidates.index(r.item))[1]).item()
+        assert r.rationale == "" and r.score == pytest.approx(wanted, abs=1e-4)
 
 
-@pytest.mark.parametrize("one_pass, bias", [(False, False), (True, False), (True, True)])
-def test_zero_shot_score_is_the_log_odds_at_the_answer(model, tokenizer, toy, one_pass, bias):
-    """Whether the rationale came to its answer (then what it answered does not count), or never did; both words in one pass, or a pass each."""
-    if not one_pass:  # a tokenizer that has seen no answers
-        model, tokenizer = policy.load("tiny", "cpu", torch.float32, toy.texts(), 0)
-    if bias:
-        model = copy.deepcopy(model)
-        model.get_output_embeddings().bias = torch.nn.Parameter(torch.randn(len(model.get_output_embeddings().weight)))
-    encode = lambda s: tokenizer(s, add_special_tokens=False).input_ids
-    assert [len(encode(f"<answer>{word}")) for word in ("yes", "no")] == ([2, 2] if one_pass else [4, 2])
-    e = toy.examples("test", 1)[0]
-    prompt = r2r.build_prompt(tokenizer, e.history, e.candidates[:3])
-    end = tokenizer.eos_token_id
-    responses = [encode("I think rose.\n<answer>yes</answer>") + [end], encode("I think rose.\n<answer>no</answer>"), encode("I think") + [end]]
-    rollout = r2r.Rollout([prompt], [torch.zeros(3)], 1, responses)
-    got = r2r.answer_log_odds(model, tokenizer, rollout)
-    for n, thought in enumerate(("I think rose.\n", "I think rose.\n", "I think\n")):
-        totals = []
-        for word in ("yes", "no"):
-            start, answer = prompt.prefix_ids + prompt.suffix_ids[n] + encode(thought), encode(f"<answer>{word}")
-            logprobs = model(torch.tensor([start + answer])).logits[0].log_softmax(-1)
-            totals.append(sum(logprobs[len(start) + t - 1, token] for t, token in enumerate(answer)))
-        assert got[n].item() == pytest.approx((totals[0] - totals[1]).item(), abs=1e-4)
+@pytest.mark.parametrize("knows_answers", [True, False])
+def test_zero_shot_score_is_the_log_odds_at_the_answer(model, tokenizer, toy, lists, knows_answers):
+    """What it answered does not count; one that never came to its answer is asked for it."""
+    if not knows_answers:  # to this tokenizer the two words are of unequal length
+        model, tokenizer = policy.load("tiny", texts=toy.texts())
+
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    assert (len(encode("yes")) == len(encode("no"))) == knows_answers
+    prompt = r2r.build_prompt(tokenizer, lists[1].history, lists[1].candidates)
+    answers = "Rose.\n<answer>yes</answer>", "Rose.\n<answer>no", "I"
+    responses = [encode(f"{text}<|im_end|>") for text in answers]
+    found = r2r.answer_log_odds(model, tokenizer, policy.Rollout([prompt], 1, responses))
+    for n, thought in enumerate(("Rose.\n", "Rose.\n", "I\n")):
+        rows = [encode(f"{thought}<answer>{word}") for word in ("yes", "no")]
+        yes, no = (plain_row(model, policy.Rollout([prompt], 1, [r] * 3), n)[0].sum() for r in rows)
+        assert found[n].item() == pytest.approx((yes - no).item(), abs=1e-4)
 
 
-# --- prompts, traces, head ---
+# --- answers and the head ---
 
 
-def test_parse_answer():
-    assert r2r.parse_answer("so <answer>yes</answer>") is True and r2r.parse_answer("<answer> No </answer>") is False
-    assert r2r.parse_answer("<answer>yes</answer> wait <answer>no</answer>") is False  # the last one counts
-    for text in ("", "yes", "<answer>maybe</answer>", "<answer>yes", "<answer></answer>", "</answer>yes<answer>"):
-        assert r2r.parse_answer(text) is None
-
-
-def test_template_trace_by_hand():
-    history = [Item(str(n), "", {"brand": (b,), "kind": ("All", k)}) for n, (b, k) in enumerate([("A", "x"), ("A", "y"), ("B", "x")])]
-    assert r2r.template_trace(history, Item("c", "", {"brand": ("A",), "kind": ("All", "y")})) == (
-        "In the history: brand A 2, kind y 1.\n<answer>yes</answer>", True)
-    assert r2r.template_trace(history, Item("c", "", {"brand": ("C",), "kind": ("All", "x")}), reasoning=False) == ("<answer>no</answer>", False)
-    assert r2r.template_trace(history, Item("c", "no attributes"))[1] is False
+@pytest.mark.parametrize("text, answer", [
+    ("so <answer>yes</answer>", True), ("<answer> No </answer>", False),
+    ("<answer>yes</answer> wait <answer>no</answer>", False),  # the last one counts
+    *((text, None) for text in ("", "yes", "<answer>maybe</answer>", "<answer>yes", "<answer></answer>"))])
+def test_parse_answer(text, answer):
+    assert r2r.parse_answer(text) is answer
 
 
 def test_score_head_survives_saving(tmp_path, score_head):
-    path = tmp_path / "score_head.safetensors"
-    score_head.reasoning = False
-    score_head.save(path)
-    again = r2r.ScoreHead.load(path)
-    score_head.reasoning = True
-    hidden = torch.randn(2, 3, 192)
-    assert torch.equal(again(hidden), score_head(hidden)) and again.reasoning is False
+    path, head = tmp_path / "score_head.safetensors", copy.deepcopy(score_head)
+    head.reasoning = False
+    head.save(path)
+    again, hidden = r2r.ScoreHead.load(path), torch.randn(2, 3, 192)
+    assert torch.equal(again(hidden), head(hidden)) and not again.reasoning
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(InputError, match="score_head.safetensors"):
         r2r.ScoreHead.load(path)
 
 
-def test_warm_up_fits_the_head(score_head):
-    """Features that show the positive are found; noise is not learnt by heart into certainty about other lists."""
-    torch.manual_seed(0)
-    relevance = [torch.eye(6)[n % 6] for n in range(12)]
-    blind = [torch.randn(6, 2, 192) for _ in range(12)]
-    telling = [h + 2.0 * y[:, None, None] for h, y in zip(blind, relevance)]
-    head = r2r.ScoreHead(192)
-    before = r2r.expected_ndcg(head(telling[0]).T, relevance[0], 10).mean().item()
-    after = r2r.fit_score_head(head, telling, relevance, torch.optim.AdamW(head.parameters(), lr=1e-3), epochs=5)
-    assert before < 0.6 < 0.95 < after
-    head = r2r.ScoreHead(192)
-    r2r.fit_score_head(head, blind, relevance, torch.optim.AdamW(head.parameters(), lr=1e-3))
-    fresh = torch.cat([head(torch.randn(6, 1, 192)) for _ in range(20)])
-    by_heart = r2r.ScoreHead(192)
+def fit(head, hidden, relevance, **options):
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)
+    return train.fit_score_head(head, hidden, relevance, optimizer, **options)
+
+
+def test_warm_up_fits_the_head_and_learns_no_noise_by_heart():
+    """Features that show the positive are found; from noise it learns no certainty about other lists."""
+    relevance, head = [torch.eye(6)[n % 6] for n in range(12)], r2r.ScoreHead(192)
+    noise = [torch.randn(6, 2, 192) for _ in range(12)]
+    telling = [h + 2.0 * y[:, None, None] for h, y in zip(noise, relevance)]
+    before = r2r.expected_ndcg(head(telling[0]).T, relevance[0]).mean().item()
+    assert before < 0.6 and fit(head, telling, relevance, epochs=5) > 0.95
+    assert fit(r2r.ScoreHead(192), telling[:3], relevance[:3]) is None  # too few to hold any out
+    careful, by_heart, fresh = r2r.ScoreHead(192), r2r.ScoreHead(192), torch.randn(120, 192)
+    fit(careful, noise, relevance)
     optimizer = torch.optim.AdamW(by_heart.parameters(), lr=1e-3)
-    for _ in range(10):
-        for h, y in zip(blind, relevance):
-            optimizer.zero_grad()
-            r2r.score_loss(by_heart(h), y)[0].mean().backward()
-            optimizer.step()
-    assert fresh.std() < 0.5 * torch.cat([by_heart(torch.randn(6, 1, 192)) for _ in range(20)]).std()
+    for h, y in 10 * list(zip(noise, relevance)):
+        optimizer.zero_grad()
+        r2r.score_loss(by_heart(h), y)[0].mean().backward()
+        optimizer.step()
+    assert careful(fresh).std() < 0.5 * by_heart(fresh).std()

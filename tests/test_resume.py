@@ -1,338 +1,195 @@
-"""A run that is killed, interrupted or damaged: what comes out is what would have come out, or an error that names the file."""
+"""A run that is killed, interrupted or damaged goes on as if it had not been, or one line says why not."""
 
-import errno
-import json
+import itertools
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-import policy
+import data
+import r2r
 import train
-from data import InputError
-from test_train import ROOT, metrics, run
+from extras import queries, report
+from extras.flags import parse_train_flags
+from runs import (METHODS, ROOT, SMALL, fork, main, refusal, run_train, run_with_states,  # noqa: F401
+                  same, small_run)
 
-FLAGS = ["--sft-steps", "6", "--steps", "6", "--batch-lists", "2", "--group-size", "2", "--eval-lists", "4", "--max-new-tokens", "12", "--save-every", "2",
-         "--pl", "sample", "--kl-coef", "0.01", "--eval-samples", "2"]
-REREC = ["--method", "rerec", "--sft-steps", "4", "--steps", "6", "--batch-lists", "4", "--group-size", "2", "--num-queries", "6", "--eval-lists", "6",
-         "--max-new-tokens", "10", "--save-every", "2", "--kl-coef", "0.01", "--reward-weights", "0.01,0"]
-KILLS = int(os.environ.get("R2RANK_KILLS", 5))  # 20 are tried by hand; each costs some seconds
-# Imports once, then forks a child for every attempt and kills it after the seconds given, or when a path matching the pattern appears.
-HARNESS = """
-import glob, json, os, signal, sys, time
-sys.path.insert(0, sys.argv[1])
-import train, eval as evaluation
-for line in sys.stdin:
-    flags, seconds, pattern = json.loads(line)
-    pid = os.fork()
-    if not pid:
-        sys.argv = ["train.py", *flags]
-        sys.stdout = open(os.devnull, "w")
-        try:
-            evaluation.run_main(train.main)
-            os._exit(0)
-        except SystemExit as error:
-            os._exit(error.code if isinstance(error.code, int) else 1)
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-            os._exit(3)
-    deadline, ended, started = time.time() + seconds, None, time.time()
-    while time.time() < deadline and not (pattern and glob.glob(pattern)):
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            ended = os.waitstatus_to_exitcode(status)
+MORE = {"r2rank": ["--pl", "sample", "--kl-coef", "0.1", "--eval-samples", "2"],
+        "rerec": ["--kl-coef", "0.1", "--group-size", "3"]}
+KILLS = int(os.environ.get("R2RANK_KILLS", 3))  # of each kind; 20 are tried by hand
+
+
+def moment(rng, kind, out, seconds):
+    """When to kill a run: at any time, or when a file that is not there yet begins to be written."""
+    if kind == "at any time":
+        return {"seconds": rng.uniform(0.05, 0.8) * seconds}
+    names = ("state.tmp", "reference.pt", "checkpoint.tmp", "eval.json")
+    return {"pattern": out / rng.choice([n for n in names if not (out / n).exists()])}
+
+
+@pytest.mark.parametrize("method, kind", [("r2rank", "at any time"), ("rerec", "at any time"),
+                                          ("r2rank", "while saving")])
+def test_a_killed_run_goes_on_as_if_it_had_not_been(fork, tmp_path, method, kind):
+    flags, begun = [*METHODS[method], *MORE[method]], time.time()
+    codes, printed = fork("runs.main", *flags, "--out", tmp_path / "whole")
+    assert codes == [0], printed
+    rng, seconds, kills = random.Random(f"{method} {kind}"), time.time() - begun, 0
+    for chain in range(5 * KILLS):  # a chain of kills ends when the run gets through
+        out, codes = tmp_path / f"r{chain}", [-9]
+        while codes == [-9]:
+            given = ["--resume", out]
+            if not (out / "state.pt").exists():
+                shutil.rmtree(out, ignore_errors=True)
+                given = [*flags, "--out", out]
+            when = {"ranks": [0]} | moment(rng, kind, out, seconds) if kills < KILLS else {}
+            codes, printed = fork("runs.main", *given, **when)
+            kills += codes == [-9]
+        assert codes == [0], printed
+        same(tmp_path / "whole", out)
+        if kills >= KILLS:
+            return
+    assert kills, "no run could be killed"
+
+
+@pytest.mark.parametrize("state", [("sft", 2), ("sft", 3), ("rl", 0), ("rl", 2)])
+@pytest.mark.parametrize("method", METHODS)
+def test_each_state_leads_to_the_same_end(tmp_path, tmp_path_factory, method, state):
+    """Also where steps after it have been logged already."""
+    run = small_run(method, tmp_path_factory)
+    out = shutil.copytree(run.states[state], tmp_path / "r")
+    with open(out / "metrics.jsonl", "a") as f:
+        f.write('{"stage": "rl", "step": 4}\n{"sta')
+    run_train("--resume", out)
+    same(run.folder, out)
+
+
+def test_a_run_stopped_between_two_changes_of_its_files_goes_on(tmp_path, tmp_path_factory):
+    """At its end, when checkpoint and reports are written: before the first change, before the second, ..."""
+    def stop_at(turn, function):
+        def stopping(*args, **settings):
+            if next(turn) == 0:
+                raise RuntimeError("killed")
+            return function(*args, **settings)
+        return stopping
+
+    run = small_run("r2rank", tmp_path_factory)
+    for number in itertools.count():
+        out, turn = shutil.copytree(run.states["rl", 3], tmp_path / f"r{number}"), itertools.count(-number)
+        with pytest.MonkeyPatch.context() as patch:
+            for module, name in ((os, "rename"), (os, "replace"), (shutil, "rmtree"), (Path, "unlink"),
+                                 (report, "write_result")):
+                patch.setattr(module, name, stop_at(turn, getattr(module, name)))
+            try:
+                run_train("--resume", out)
+            except RuntimeError as error:
+                assert str(error) == "killed"
+        if (out / "state.pt").exists():
+            run_train("--resume", out)
+        same(run.folder, out)
+        if next(turn) <= 0:  # it was not stopped any more
             break
-        time.sleep(0.003)
-    if ended is None:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    print(json.dumps([ended, time.time() - started]), flush=True)
-"""
+    assert number > 2
 
 
-@pytest.fixture(scope="module")
-def harness():
-    if not hasattr(os, "fork"):
-        pytest.skip("needs fork")
-    process = subprocess.Popen([sys.executable, "-c", HARNESS, str(ROOT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                               env=os.environ | {"HF_HUB_OFFLINE": "1"})
-
-    def attempt(flags, seconds=300, pattern=""):
-        """-> (exit code, or None when it had to be killed; seconds)."""
-        process.stdin.write(json.dumps([list(map(str, flags)), seconds, str(pattern)]) + "\n")
-        process.stdin.flush()
-        return json.loads(process.stdout.readline())
-
-    yield attempt
-    process.stdin.close()
-    process.wait(timeout=30)
+def test_who_stops_a_run_reads_how_to_go_on(tmp_path):
+    """By SIGTERM, as clusters do; where --out is not given, too."""
+    command, out = [sys.executable, ROOT / "train.py", *SMALL, "--sft-steps", "4000"], Path("runs/toy-tiny")
+    process = subprocess.Popen(command, cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not (tmp_path / out / "state.pt").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.terminate()
+    printed, error = process.communicate(timeout=300)
+    assert process.returncode == 130 and "Traceback" not in error
+    assert f"python train.py --resume {out}\n" in printed + error
+    assert train.read_state(tmp_path / out)["step"] >= 2
 
 
-@pytest.fixture(scope="module")
-def whole(harness, tmp_path_factory):
-    """An uninterrupted run, and how long it took."""
-    folder = tmp_path_factory.mktemp("whole") / "r"
-    code, seconds = harness([*FLAGS, "--out", folder])
-    assert code == 0
-    return folder, seconds
+@pytest.mark.parametrize("saved", [True, False])
+def test_ctrl_c(tmp_path, monkeypatch, capsys, saved):
+    """A run with a state can go on; one without leaves nothing."""
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(r2r, "train_step" if saved else "roll_out", interrupt)
+    with pytest.raises(SystemExit) as ended:
+        main(*SMALL, "--sft-steps", "0", "--warmup-steps", "0", "--out", tmp_path / "r")
+    printed = capsys.readouterr().out
+    assert ended.value.code == 130 and (f"--resume {tmp_path}/r\n" in printed) == saved
+    assert (tmp_path / "r").exists() == saved
 
 
-def same(a, b):
-    assert metrics(a) == metrics(b)
-    one, two = (load_file(f / "checkpoint" / "model.safetensors") for f in (a, b))
-    assert set(one) == set(two) and all(torch.equal(one[k], two[k]) for k in one)
-    for name in ("score_head.safetensors", "curriculum.json"):
-        assert (a / "checkpoint" / name).exists() == (b / "checkpoint" / name).exists()
-        if (a / "checkpoint" / name).exists():
-            assert (a / "checkpoint" / name).read_bytes() == (b / "checkpoint" / name).read_bytes()
-    assert json.loads((a / "eval.json").read_text()) == json.loads((b / "eval.json").read_text())
+# --- what resume refuses --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("moments", ["any", "while saving", "any, ReRec"])
-def test_a_killed_run_goes_on_as_if_it_had_not_been(harness, whole, tmp_path, moments):
-    folder, seconds = whole
-    first = [*FLAGS]
-    if "ReRec" in moments:
-        first, folder = [*REREC], tmp_path / "whole"
-        code, seconds = harness([*first, "--out", folder])
-        assert code == 0
-    rng, killed, chain = random.Random(moments), 0, 0
-    while killed < KILLS:  # a chain of kills ends when the run gets through; then the next begins
-        chain += 1
-        assert chain <= 3 * KILLS
-        out, code = tmp_path / f"r{chain}", None
-        while code is None:
-            begun = (out / "config.json").exists()
-            flags = ["--resume", out] if begun else [*first, "--out", out]
-            if "any" in moments:
-                code, _ = harness(flags, 300 if killed >= KILLS else rng.uniform(0.05, 0.7) * seconds)
-            else:
-                patterns = ("states/*.tmp", "states/*.tmp/*.safetensors", "states/2-*", "checkpoint*", "reference*")
-                code, _ = harness(flags, 300, "" if killed >= KILLS else out / rng.choice(patterns))
-            killed += code is None
-            assert code in (None, 0)
-            if code is None and not (out / "config.json").exists():
-                shutil.rmtree(out, ignore_errors=True)  # killed before the run had begun
-        same(folder, out)
-        assert not (out / "states").exists() and not list(out.rglob("*.tmp"))
-        shutil.rmtree(out)
+@pytest.fixture
+def state(tmp_path, tmp_path_factory):
+    def copy(method="r2rank"):
+        return shutil.copytree(small_run(method, tmp_path_factory).states["rl", 2], tmp_path / "r")
+    return copy
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_names_the_command(whole, tmp_path, number):
-    out = tmp_path / "r"
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *FLAGS, "--save-every", "1000", "--sft-steps", "400", "--out", str(out)],
-                               stdout=subprocess.PIPE, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    deadline = time.time() + 120
-    while not ((out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size > 500):
-        assert time.time() < deadline and process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(number)
-    printed = process.communicate(timeout=60)[0]
-    assert process.returncode == 130 and f"python train.py --resume {out}" in printed
-    (state,) = (out / "states").iterdir()
-    steps = [r["step"] for r in metrics(out)]
-    assert steps == list(range(1, len(steps) + 1)) and state.name == f"1-sft-{len(steps):06d}"
+def test_flags_of_another_run_are_refused(state, capsys):
+    out = state("rerec")
+    assert "--seed 0 -> 1" in refusal(capsys, "--resume", out, "--seed", 1)
+    for flag, value in (("--lr", 1), ("--reward-weights", "0,0"), ("--query-kinds", "explicit")):
+        assert f"another run: {flag}" in refusal(capsys, "--resume", out, flag, value)
+
+    def flags(*more):
+        return vars(parse_train_flags(["--resume", str(out), *more]))
+
+    recorded = flags()
+    assert recorded["reward_weights"] == {"query_alignment": 0.01, "preference_alignment": 0.0}
+    assert flags(*METHODS["rerec"]) == recorded  # given again is no change
+    assert flags("--micro-batch", "7") == recorded | {"micro_batch": 7}
 
 
-def unfinished(whole, tmp_path, harness, keep="1"):
-    out = tmp_path / "r"
-    code, _ = harness([*FLAGS, "--keep", keep, "--out", out], 300, out / "states/2-rl-000002/training.json")
-    assert code is None
-    return out
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("change", ["training", "history", "title"])
+def test_other_data_are_refused(state, capsys, monkeypatch, method, change):
+    """The same users, but other purchases in training or before a test; or a title that reads otherwise."""
+    shop, out = data.load("toy"), state(method)
+    users = {user for user, _ in shop.splits["train" if change == "training" else "test"]}
+    if change == "title":
+        items = {i: replace(item, title=f"New {item.title}") for i, item in shop.items.items()}
+        other = replace(shop, items=items)
+    else:
+        other = replace(shop, sequences={u: [*s[:-1][::-1], s[-1]] if u in users else s
+                                         for u, s in shop.sequences.items()})
+    monkeypatch.setattr(data, "load", lambda *_: other)
+    assert "not those that the run began with" in refusal(capsys, "--resume", out)
 
 
-def test_what_resume_refuses_and_names(harness, whole, tmp_path):
-    out = unfinished(whole, tmp_path, harness, "3")
-    assert "--seed 0 -> 1" in run("train.py", "--resume", out, "--seed", 1, code=2).stderr
-    assert "--lr" in run("train.py", "--resume", out, "--lr", 1, "--micro-batch", 7, code=2).stderr
-    states = sorted((out / "states").iterdir())
-    assert [s.name for s in states][-3:] == ["1-sft-000006", "2-rl-000000", "2-rl-000002"]  # killed before or after the oldest was deleted
-    with pytest.raises(InputError, match="config.json"):
-        train.resumed_flags(None, type("Args", (), {"resume": str(tmp_path)}))
-    # a flipped bit, a cut file and a missing one; the state before it is still good
-    for name, damage in (("model.safetensors", lambda b: b[:-1] + bytes([b[-1] ^ 1])), ("training.safetensors", lambda b: b[:-5]), ("training.json", None)):
-        copy = shutil.copytree(out, tmp_path / f"copy-{name}")
-        path = copy / "states" / states[-1].name / name
-        path.write_bytes(damage(path.read_bytes())) if damage else path.unlink()
-        message = run("train.py", "--resume", copy, code=2).stderr
-        assert str(path) in message and "2-rl-000000" in message and message.count("\n") == 1
-    shutil.rmtree(copy / "states" / states[-1].name)
-    run("eval.py", "--run", copy, "--out", tmp_path / "eval.json")  # what has been learnt so far can be looked at
-    assert "rl" in json.loads((tmp_path / "eval.json").read_text())["systems"]
-    run("train.py", "--resume", copy, "--micro-batch", 80)
-    same(whole[0], copy)
-    assert not (copy / "states").exists()
-    assert "nothing to resume" in run("train.py", "--resume", copy).stdout
+def test_other_requests_are_refused(state, capsys, monkeypatch):
+    """The same candidates and right items, asked for in other words."""
+    draw = queries.QueryBuilder.draw
+    monkeypatch.setattr(queries.QueryBuilder, "draw", lambda *a, **k: [
+        replace(q, text=f"{q.text}!") for q in draw(*a, **k)])
+    assert "not those that the run began with" in refusal(capsys, "--resume", state("rerec"))
 
 
-def test_what_is_given_again_is_no_change_and_auto_stays_what_it_was(tmp_path, monkeypatch):
-    """Lists that flags were parsed into; and the type of a run that was started where bfloat16 was the default."""
-    monkeypatch.setattr(sys, "argv", ["train.py", "--method", "rerec", "--reward-weights", "0,0.5", "--query-kinds", "explicit,implicit"])
-    flags = vars(train.parse_flags())
-    (tmp_path / "config.json").write_text(json.dumps({"flags": flags, "versions": {}, "dtype": "torch.bfloat16"}))
-    for more in ([], ["--reward-weights", "0,0.5", "--query-kinds", "explicit,implicit"]):
-        monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(tmp_path), *more])
-        args = train.parse_flags()
-        assert (args.reward_weights, args.query_kinds, args.dtype) == ([0, 0.5], ["explicit", "implicit"], "bfloat16")
-    for more in (["--reward-weights", "0,0"], ["--query-kinds", "explicit"], ["--dtype", "float32"]):
-        monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(tmp_path), *more])
-        with pytest.raises(InputError, match=f"another run: {more[0]}"):
-            train.parse_flags()
+def test_other_lists_to_evaluate_on_are_refused(tmp_path, toy, capsys):
+    path, lists = tmp_path / "lists.jsonl", toy.examples("test", 4, 6)
+    data.save_lists(path, lists)
+    flags = [*SMALL, "--candidates", path, "--sft-steps", "0", "--warmup-steps", "0", "--steps", "1"]
+    _, states = run_with_states(tmp_path / "r", *flags)
+    data.save_lists(path, [replace(e, relevance=e.relevance[::-1]) for e in lists])
+    assert "not those that the run began with" in refusal(capsys, "--resume", states["rl", 0])
 
 
-def test_a_vanished_or_read_only_run_directory_is_named(harness, whole, tmp_path):
-    run_ = train.Run(tmp_path / "r", train.argparse.Namespace(save_every=1, keep=1))
-    run_.model = run_.tokenizer = type("Saves", (torch.nn.Module,), {"save_pretrained": lambda self, folder, **kw: None})()
-    run_.open_log()
-    optimizer = train.Optimizer([{"params": [torch.nn.Parameter(torch.ones(2))], "lr": 1.0}])
-    run_.save("rl", 1, optimizer)
-    assert run_.newest_state().name == "2-rl-000001"
-    shutil.rmtree(tmp_path / "r")
-    with pytest.raises(InputError, match="2-rl-000002"):
-        run_.save("rl", 2, optimizer)
-    assert not (tmp_path / "r").exists()
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="file/r: cannot be written"):
-        train.Run(tmp_path / "file" / "r", run_.args)
-
-
-def test_a_full_disk_under_the_log_is_named(tmp_path):
-    if not Path("/dev/full").exists():
-        pytest.skip("needs /dev/full")
-    run_ = train.Run(tmp_path / "r", train.argparse.Namespace(save_every=1, keep=1))
-    run_.file = open("/dev/full", "w")
-    with pytest.raises(InputError, match="/dev/full.*No space left.*--resume"):
-        run_.log("rl", 1, {"x": 1.0})
-
-
-def test_a_damaged_checkpoint_is_named_wherever_it_is_opened(whole, tmp_path):
-    folder = shutil.copytree(whole[0], tmp_path / "r")
-    path = folder / "checkpoint" / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
-    for flags in (["--run", folder], ["--model", folder / "checkpoint"]):
-        message = run("eval.py", *flags, "--eval-lists", 2, cwd=tmp_path, code=2).stderr
-        assert str(path) in message and "damaged" in message
-
-
-def test_two_runs_in_one_directory_refuse_one_another(harness, tmp_path):
-    args = train.argparse.Namespace(save_every=1, keep=1)
-    first = train.Run(tmp_path / "r", args)
-    with pytest.raises(InputError, match="another run"):
-        train.Run(tmp_path / "r", args)
-    first.lock.close()
-    train.Run(tmp_path / "r", args).lock.close()
-
-
-def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
-    write = lambda text: lambda folder: (folder / "file").write_text(text)
-    policy.save_directory(tmp_path / "c", write("first"))
-    policy.verify_directory(tmp_path / "c")
-
-    def full(folder):
-        (folder / "file").write_text("half")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "file"))
-
-    with pytest.raises(InputError, match="No space left.*c.tmp/file"):
-        policy.save_directory(tmp_path / "c", full)
-    policy.verify_directory(tmp_path / "c")
-    assert (tmp_path / "c" / "file").read_text() == "first" and [p.name for p in tmp_path.iterdir()] == ["c"]
-    policy.save_directory(tmp_path / "c", write("second"))
-    assert (tmp_path / "c" / "file").read_text() == "second" and [p.name for p in tmp_path.iterdir()] == ["c"]
-    with pytest.raises(InputError, match="cannot be saved"):
-        policy.save_directory(tmp_path / "c" / "file" / "below", write("x"))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_optimizer_goes_on_where_it_was(dtype):
-    def fresh():
-        torch.manual_seed(0)
-        layer = torch.nn.Linear(8, 8).to(dtype)
-        return layer, train.Optimizer([{"params": list(layer.parameters()), "lr": 1e-2}])
-
-    def step(layer, optimizer, n):
-        (layer(torch.full((2, 8), float(n), dtype=dtype)).float()**2).sum().backward()
-        optimizer.step()
-
-    layer, optimizer = fresh()
-    for n in range(3):
-        step(layer, optimizer, n)
-    other, resumed = fresh()
-    other.load_state_dict(layer.state_dict())
-    resumed.load({k: v.clone() for k, v in optimizer.tensors().items()})
-    for n in range(3, 6):
-        step(layer, optimizer, n)
-        step(other, resumed, n)
-    assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), other.parameters()))
-
-
-# --- numbers and memory ----------------------------------------------------------------------------------------------------
-
-
-def test_a_gradient_that_is_not_finite_changes_nothing():
-    layer = torch.nn.Linear(4, 4)
-    optimizer = train.Optimizer([{"params": list(layer.parameters()), "lr": 1.0}])
-    before = [p.clone() for p in layer.parameters()]
-    (layer(torch.ones(1, 4)).sum() * float("nan")).backward()
-    assert not torch.isfinite(torch.tensor(optimizer.step()))
-    assert all(torch.equal(a, b) for a, b in zip(before, layer.parameters())) and all(p.grad is None for p in layer.parameters())
-
-
-def test_three_bad_steps_in_a_row_stop_the_run(tmp_path):
-    run_ = train.Run(tmp_path / "r", train.argparse.Namespace(save_every=1, keep=1))
-    for finite in (False, False, True, False, False):
-        run_.check_finite(finite, {"step": 1})
-    with pytest.raises(InputError, match="bad-batch.json"):
-        run_.check_finite(False, {"step": 7})
-    assert json.loads((tmp_path / "r" / "bad-batch.json").read_text()) == {"step": 7}
-
-
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError(),
-                                   RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried")])
-def test_out_of_memory_halves_once_then_says_what_to_lower(tmp_path, error):
-    run_ = train.Run(tmp_path / "r", train.argparse.Namespace(save_every=1, keep=1, micro_batch=16, rollout_rows=320))
-    tries = []
-
-    def attempt(fail):
-        tries.append((run_.args.micro_batch, run_.args.rollout_rows))
-        if len(tries) <= fail:
-            raise error
-        return "done"
-
-    assert train.with_room(run_, lambda: attempt(1)) == "done" and tries == [(16, 320), (8, 160)]
-    tries.clear()
-    with pytest.raises(InputError, match="Lower --micro-batch"):
-        train.with_room(run_, lambda: attempt(9))
-    with pytest.raises(RuntimeError, match="a real bug"):
-        train.with_room(run_, lambda: (_ for _ in ()).throw(RuntimeError("a real bug")))
-
-
-def test_an_update_that_ran_out_of_memory_half_way_counts_once(tmp_path):
-    """Gradients of the failed attempt are forgotten: the step is the one of an attempt that succeeded at once."""
-    def trained(fail):
-        torch.manual_seed(0)
-        layer = torch.nn.Linear(4, 1)
-        optimizer = train.Optimizer([{"params": list(layer.parameters()), "lr": 0.1}])
-        failures = [fail]
-
-        def update():
-            optimizer.clear()
-            layer(torch.ones(1, 4)).sum().backward()
-            if failures.pop():
-                failures.append(False)
-                raise MemoryError
-            layer(torch.full((1, 4), 2.0)).sum().backward()
-
-        train.with_room(type("R", (), {"args": train.argparse.Namespace(micro_batch=2, rollout_rows=2)}), update)
-        return layer.weight.grad.clone()
-
-    assert torch.equal(trained(False), trained(True))
+def test_a_damaged_state_is_named(state, capsys, tmp_path_factory):
+    out = state()
+    whole = (out / "state.pt").read_bytes()
+    for damaged in (whole[:-1000], whole[:1000], b"", b"not a state\n" * 100):
+        (out / "state.pt").write_bytes(damaged)
+        assert f"{out}/state.pt: cannot be read" in refusal(capsys, "--resume", out)
+    (out / "state.pt").unlink()
+    assert "no state.pt" in refusal(capsys, "--resume", out)
+    assert "has finished" in refusal(capsys, "--resume", small_run("r2rank", tmp_path_factory).folder)

@@ -1,0 +1,258 @@
+"""RecBench+ (arXiv 2503.09382), which ReRec (arXiv 2604.07851) is measured on: its queries and its metrics.
+
+Choices of ours:
+  1. Negatives are uniform, without the right items, the history, and what is known to meet all conditions.
+  2. The history of an interest query is what its users watched before (`predecessor_*`). The "Shared
+     consecutive" items are the pool of right answers: neither shown nor drawn as negatives.
+  3. Splits go by user, or without one by record: queries of one share right answers.
+"""
+
+import json
+import math
+import random
+import re
+from collections import defaultdict
+from dataclasses import replace
+from difflib import SequenceMatcher
+from pathlib import Path
+
+from data import InputError, Query, attribute_pairs, clean, make_item, read_lines, title_key
+
+FILES = {"explicit": "Explicit", "implicit": "Implicit", "misinformed": "Misinformed",
+         "interest": "InterestBased", "demographics": "DemographicsBased"}  # and `Query.json`
+TEXTS = ("query", "situational_description_query", "direct_description_query")
+# Between the titles of a sequence: arrows and bars, commas after a year, commas between quotes.
+SEQUENCE = re.compile(r"""\s*(?:->|→|\[SEP\]|\|)\s*|(?<=\(\d{4}\))\s*,\s*|['"],\s*['"]""")
+MALFORMED = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, StopIteration)
+MAX_PREDICTIONS = 200  # only the first so many are compared with the truths; all count in the precision
+
+class RecBench:
+    """The catalogue and the queries in dataset/{domain}/ of a RecBench+ copy. Raises InputError.
+
+    The catalogue is movies.dat (`id::title (year)::genre|genre`); for books, books.dat (`id::title`) where it
+    is there, else every book that a record names.
+    items: id -> Item; the attributes are those that *every* item has (a movie's genres): safe to show.
+    holders: (relation, value) -> ids of the items known to have it, also from what the queries ask and hint.
+    That is known of right items and hardly of others: a prompt that showed it would give the answer away.
+    pools: query id -> ids of the right answers of its record. left_out: query id -> why it is no query.
+    """
+
+    def __init__(self, folder, domain, history_length=10):
+        base = Path(folder).expanduser() / "dataset" / domain
+        files = {kind: base / f"{name}Query.json" for kind, name in FILES.items()}
+        files = {kind: file for kind, file in files.items() if file.is_file()}
+        if domain not in ("movie", "book") or not files:
+            raise InputError(f"{base}: no query file of movie or book there, such as ExplicitQuery.json. "
+                             f"RecBench+ is published at https://github.com/jiani-huang/RecBench")
+        self.domain, self.history_length, path = domain, history_length, base / f"{domain}s.dat"
+        self.items, self.ids, self.holders = {}, {}, defaultdict(set)  # ids: key_of(title) -> id
+        self.queries, self.pools, self.left_out = [], {}, {}
+        self.grows = domain == "book" and not path.is_file()
+        for number, line in () if self.grows else read_lines(path):
+            (item_id, _, title), genres = map(str.strip, line.partition("::")), ""
+            if not (item_id and title):
+                raise InputError(f"{path} line {number}: expected id::title, found {line[:60]!r}")
+            # A title may hold `::` too: a movie's genres are the last field, unless that ends in its year.
+            if domain == "movie" and "::" in title and not re.search(r"\(\d{4}\)$", title):
+                title, _, genres = title.rpartition("::")
+            self.add(item_id, title, genres.split("|"))
+        for kind, path in files.items():
+            number = 0
+            try:
+                for number, record in enumerate(json.loads(path.read_text("utf-8-sig"))):
+                    self.add_queries(kind, record, number)
+            except MALFORMED as error:
+                raise InputError(f"{path} record {number}: expected JSON, a list of records with text, right "
+                                 f"titles and conditions ({type(error).__name__}: {error})") from None
+
+    def add(self, item_id, title, genres=()):
+        # Characters lost upstream (U+FFFD) are dropped: no model could copy them into an answer.
+        item = self.items[item_id] = make_item(item_id, title.replace("\ufffd", ""), {"genre": genres})
+        self.ids.setdefault(key_of(title), item_id)
+        for pair in attribute_pairs(item):
+            self.holders[pair].add(item_id)
+
+    def find(self, titles, ids=()):
+        """The ids of titles that are there. A known id goes before its title, which may be misencoded."""
+        found = {}
+        for title, item_id in zip(titles, ids or titles, strict=True):
+            key, name = key_of(title), clean(title)
+            known = (str(item_id), name, self.ids.get(key) if key[0] else None)
+            if self.grows and name and self.items.keys().isdisjoint(known):
+                self.add(name, title)
+            found |= dict.fromkeys([i for i in known if i in self.items][:1])
+        return list(found)
+
+    def add_queries(self, kind, record, number):
+        """Add the queries of one record of a file. A malformed record raises one of MALFORMED."""
+        domain, several = self.domain, kind in ("interest", "demographics")
+        group = f"{domain}-{kind}-{clean(str(record.get('data_idx', number)))}"
+        requests = record["query & ground true"] if several else [record]
+        if domain == "movie":  # the benchmark's evaluation counts the empty queries of books alone
+            requests = [r for r in requests if r]
+        titles = {n: r.get(f"{domain}Subset") or r[f"{domain} subset"] for n, r in enumerate(requests) if r}
+        conditions = record.get("sharedRelationships") or []
+        conditions = tuple((relation.lower(), clean(value)) for relation, value in conditions)
+        for hint in (record.get("multihop_info") or []) + (record.get("misinformed") or []):
+            person = hint.get("original person") or hint["person"]  # of two, the latter is wrong
+            self.holders[hint["relation"].lower(), clean(person)].update(self.find([hint[domain]]))
+        past = [v for k, v in record.items() if k == "history_sample" or k.startswith("predecessor")]
+        past, pool = titles_in(past), titles_in(record.get(f"Shared consecutive {domain}s", []))
+        pool += titles_in(list(titles.values())) if kind == "interest" else []
+        past, pool = self.find(past), self.find(pool)
+        for n, listed in titles.items():
+            text = next(requests[n][name] for name in TEXTS if name in requests[n]).split()
+            text = " ".join(filter(None, map(clean, text)))  # by words: `clean` cuts at a title's length
+            if not (text and isinstance(listed, list) and all(map(str.strip, listed))):
+                raise ValueError(f"text {text[:60]!r}, titles {str(listed)[:60]}")
+            name = f"{group}-{n}" if several else group
+            while name in self.pools:  # ids repeat in some files
+                name += "+"
+            truths, self.pools[name] = self.find(listed, requests[n].get(f"{domain}SubsetId")), pool
+            for condition in conditions:
+                self.holders[condition].update(truths)
+            history = [self.items[i] for i in past if i not in pool and i not in truths]
+            query = Query(name, text, kind, len(conditions), [], tuple(truths), conditions=conditions,
+                          user=str(record.get("source_user") or group), titles=tuple(listed),
+                          history=history[max(0, len(history) - self.history_length):])
+            if truths:
+                self.queries.append(query)
+            else:
+                self.left_out[name] = f"not in the catalogue: {clean(', '.join(listed))}"
+
+    def graph_items(self):
+        """The catalogue with all that is known: for the item-attribute graph, never for a prompt."""
+        attributes = {i: {} for i in self.items}
+        for (name, value), ids in self.holders.items():
+            for i in ids:
+                attributes[i][name] = (*attributes[i].get(name, ()), value)
+        return [replace(item, attributes=attributes[i]) for i, item in self.items.items()]
+
+def key_of(title):
+    """`title_key` of the ASCII in a title: what it shares with its misencoded forms."""
+    return title_key("".join(c for c in title if c.isascii()))
+
+def titles_in(value):
+    """The titles in {title: count}, the most frequent last, in lists, nested, and in sequences."""
+    if isinstance(value, str):
+        return SEQUENCE.split(value)
+    value = sorted(value, key=value.get) if isinstance(value, dict) else value
+    return [title for entry in value if not isinstance(entry, (int, float)) for title in titles_in(entry)]
+
+class RecBenchQueries:
+    """The benchmark's queries as a source of requests, like QueryBuilder."""
+
+    def __init__(self, bench, kinds=None, num_candidates=20, seed=0):
+        self.bench, self.num_candidates, self.seed = bench, num_candidates, seed
+        self.graph_items, there = bench.graph_items, {q.kind for q in bench.queries}
+        if not there.issuperset(kinds or ()):
+            raise InputError(f"these RecBench+ files hold {', '.join(sorted(there))} queries alone")
+        self.splits = {"train": [], "validation": [], "test": []}
+        for q in bench.queries:
+            if q.kind in (kinds or there):
+                u = random.Random(f"{seed}/split/{q.user}").random()
+                self.splits["train" if u < 0.8 else "validation" if u < 0.9 else "test"].append(q)
+
+    def draw(self, split, count, start=0):
+        """At most `count` queries, each once. start > 0: as many as asked for, with other negatives."""
+        pool, seed = self.splits[split], f"{self.seed}/{start}" if start else self.seed
+        if not pool:
+            raise InputError(f"these RecBench+ files hold too few queries: the {split} split is empty")
+        order = random.Random(f"{self.seed}/{split}/{start}").sample(pool, len(pool))
+        order *= 1 + count // len(order) if start else 1
+        return [self.with_candidates(q, random.Random(f"{seed}/{q.id}")) for q in order[:count]]
+
+    def with_candidates(self, query, rng):
+        """One right item and negatives, shuffled, no two of one title."""
+        bench, met = self.bench, [self.bench.holders[condition] for condition in query.conditions]
+        met = set.intersection(*met) if met else ()
+        excluded = {*met, *query.truths, *bench.pools[query.id], *(h.id for h in query.history)}
+        taken = {key_of(bench.items[i].title) for i in excluded}
+        wrong = [i for key, i in bench.ids.items() if key not in taken]
+        if len(wrong) < self.num_candidates - 1:
+            raise InputError(f"query {query.id}: only {len(wrong)} wrong titles; lower --num-candidates")
+        positive = rng.choice(query.truths)
+        chosen = [positive, *rng.sample(wrong, self.num_candidates - 1)]
+        rng.shuffle(chosen)
+        return replace(query, candidates=[bench.items[i] for i in chosen], truths=(positive,))
+
+def open_ended(response, truths, match="recbench", domain="movie"):
+    """Score an answer without candidates: {"precision", "recall", "ndcg": float, "ftr": bool}.
+
+    truths: the right titles as the data write them. ftr (fail to recommend): no [SEP] in the response.
+    match="recbench": the benchmark's rule without its knowledge graph; it reproduces the published scores. A
+      prediction hits the first truth whose SequenceMatcher ratio with it is >= 0.8. A movie loses quotes and
+      year, its truth does not. A truth hit twice counts twice in NDCG alone, which can exceed 1.
+    match="exact" (ours): equal names, and equal years where both have one. Each truth is hit once.
+    """
+    predictions, exact, left, hits = response.split("[SEP]"), match == "exact", list(truths), []
+    ftr = len(predictions) == 1
+    if exact:
+        predictions = [p for p in map(str.strip, predictions) if p]
+        truths = left = [key for key in dict.fromkeys(map(title_key, truths)) if key[0]]
+    elif domain == "book":
+        # The benchmark strips these characters, not this text; nothing is stripped of a single title.
+        predictions = response.strip().strip("Recommended books (separated by [SEP]):").split("[SEP]")
+    else:
+        predictions = [p.strip().strip("'").strip('"').strip() for p in predictions]
+        predictions = [re.sub(r"\s\(\d{4}\)$", "", p).strip() for p in predictions]
+    for prediction in predictions[:MAX_PREDICTIONS]:
+        prediction = title_key(prediction[:300]) if exact else prediction  # no title is longer
+        hits.append(next((t for t in left if similar(prediction, t)), None))
+        left = [t for t in left if t != hits[-1]] if exact else left
+    discounts = [1 / math.log2(rank + 2) for rank in range(len(hits) + len(truths))]
+    gain = sum(discount for discount, hit in zip(discounts, hits) if hit is not None)
+    num_hit = sum(t in hits for t in truths)  # 0 where there are no truths, or no predictions
+    return {"precision": num_hit / max(1, len(predictions)), "recall": num_hit / max(1, len(truths)),
+            "ndcg": gain / max(1.0, sum(discounts[:len(truths)])), "ftr": ftr}
+
+def similar(prediction, truth):
+    """Whether a title is one of the right ones: by the benchmark's rule, or of `title_key`s by ours."""
+    if isinstance(truth, tuple):
+        return prediction[0] == truth[0] and ("" in (prediction[1], truth[1]) or prediction == truth)
+    # The quick ratios are upper bounds of the ratio: they stop a megabyte at once.
+    matcher = SequenceMatcher(None, prediction, truth)
+    ratios = (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio)
+    return bool(prediction.strip()) and all(ratio() >= 0.8 for ratio in ratios)
+
+def read_responses(path, bench):
+    """[(query, response)] of a JSONL of {"id", "response"}: the query's id, or the benchmark's ("3862" of
+    movie-explicit-3862) with "kind" where several kinds have it. Raises InputError."""
+    queries, named, lines, pairs = {q.id: q for q in bench.queries}, defaultdict(list), {}, []
+    for full in bench.pools:
+        for name in (full, full.split("-", 2)[2]):
+            named[name].append(full)
+    for number, line in read_lines(path):
+        where = f"{path} line {number}"
+        try:
+            record = json.loads(line)
+            name, response = str(record["id"]), str.strip(record["response"])
+            found = [i for i in named[name] if record.get("kind") in (None, i.split("-")[1])]
+        except MALFORMED as error:
+            raise InputError(f'{where}: expected {{"id", "response": text}}; {error!r}') from None
+        if len(found) != 1:
+            raise InputError(f'{where}: id {name!r} is of {", ".join(found) or "no query"}; add "kind"')
+        if found[0] in bench.left_out or found[0] in lines:
+            reason = bench.left_out.get(found[0]) or f"answered on line {lines[found[0]]} already"
+            raise InputError(f"{where}: id {name!r}: {reason}; remove this line")
+        lines[found[0]] = number
+        pairs.append((queries[found[0]], response))
+    return pairs
+
+def evaluate_open_ended(dataset, path, out):
+    """Print and write the metrics of a file of answers, means over the answered."""
+    from eval import intervals
+    bench, names = dataset.bench, ("precision", "recall", "ndcg", "ftr")
+    pairs = read_responses(path, bench) if bench else []
+    if not pairs:
+        raise InputError(f"--open-ended {path}: give a file with answers, and --data recbench:movie or :book")
+    kinds = sorted({q.kind for q, _ in pairs})
+    num_all = sum(q.kind in kinds for q in bench.queries)
+    print(f"{dataset.name}: answered {len(pairs)} of {num_all} ({', '.join(kinds)}); report in {out}")
+    report = {"data": dataset.name, "answered": len(pairs), "of": num_all, "kinds": kinds}
+    for match in ("recbench", "exact"):
+        rows = {q.id: open_ended(text, q.titles, match, bench.domain) for q, text in pairs}
+        columns = {name: [float(row[name]) for row in rows.values()] for name in names}
+        report[match] = intervals(columns, [q.user for q, _ in pairs]) | {"queries": rows}
+        print(f"{match:<9}" + "".join(f"  {name} {report[match][name]['mean']:.4f}" for name in names))
+    Path(out).write_text(json.dumps(report, indent=1) + "\n")

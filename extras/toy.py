@@ -1,0 +1,211 @@
+"""The toy: a synthetic beauty shop, a tiny model from nothing, and the template teachers of its cold start.
+
+Nothing is downloaded. The teachers show how to look evidence up and how to answer, but they answer badly on
+purpose: R2Rank's judges by one attribute alone, ReRec's says three times in five what came to its mind
+before it began. So the cold start teaches the form, and reinforcement learning has something to find.
+"""
+
+import math
+import random
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from data import Dataset, Interaction, Item, attribute_pairs
+from rewards import shown_title
+
+ATTRIBUTES = {
+    "brand": "Avelle Borealis Cassia Dovena Elmira Fjord Ginkgo Halcyon Isolde Juno Kestrel Lumora".split(),
+    "kind": "cleanser cream lipstick lotion mascara mask perfume polish powder serum shampoo soap".split(),
+    "scent": "almond cedar citrus coconut ginger jasmine lavender mint rose vanilla".split(),
+}
+TASTE = {"brand": 3.5, "kind": 4.5, "scent": 4.5}  # log-odds that a favourite adds to an item's being chosen
+CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+# --- shop -------------------------------------------------------------------------------------------------
+
+def shop(seed=0, num_items=400, num_users=600):
+    """A small shop whose users have two favourite brands, kinds and scents each, and mostly buy what meets
+    several.
+
+    60% of the users are for training (14 purchases each), 10% for validation and 30% for test (11 each);
+    the first ten are always the history. One purchase in 25 is a whim, drawn uniformly, and items differ in
+    appeal.
+    """
+    rng = random.Random(f"toy/{seed}")
+    brands, kinds, scents = ATTRIBUTES.values()
+    combinations = [(b, k, s) for b in brands for k in kinds for s in scents]
+    items = {}
+    for n, (brand, kind, scent) in enumerate(rng.sample(combinations, num_items)):
+        attributes = {"brand": (brand,), "kind": (kind,), "scent": (scent,)}
+        items[f"T{n:03d}"] = Item(f"T{n:03d}", f"{brand} {scent} {kind}", attributes)
+    appeal = {i: rng.gauss(0, 0.5) for i in items}
+    sequences, splits, train_length = {}, {"train": [], "validation": [], "test": []}, {}
+    for n in range(num_users):
+        user = f"u{n:03d}"
+        taste = {name: set(rng.sample(values, 2)) for name, values in ATTRIBUTES.items()}
+        split = "train" if n < 0.6 * num_users else "validation" if n < 0.7 * num_users else "test"
+        length = 14 if split == "train" else 11
+        weight = {i: math.exp(appeal[i] + sum(w for a, w in TASTE.items() if x.attributes[a][0] in taste[a]))
+                  for i, x in items.items()}
+        chosen = []
+        while len(chosen) < length:
+            left = [i for i in items if i not in chosen]
+            whim = rng.random() < 0.04
+            chosen.append(rng.choice(left) if whim else rng.choices(left, [weight[i] for i in left])[0])
+        rng.shuffle(chosen)  # the best matches go first: shuffled, the target is no harder than the history
+        sequences[user] = [Interaction(i, float(t)) for t, i in enumerate(chosen)]
+        train_length[user] = length if split == "train" else 0
+        splits[split] += [(user, p) for p in range(10, length)]
+    return Dataset("toy", items, sequences, splits, train_length)
+
+
+# --- tiny model -------------------------------------------------------------------------------------------
+
+def build_tiny(texts, seed=0, vocab_size=2000, hidden_size=192, num_layers=2, num_heads=6):
+    """(model, tokenizer): a random small Llama (1M parameters) with a byte-level BPE trained on `texts`;
+    seconds.
+
+    Two choices let so small a model learn to look things up within hundreds of steps instead of thousands:
+    weights of the scale 1/sqrt(width), and key projections that start equal to the query projections, so
+    that from the start a token attends to its like. (Not a Qwen2: AutoTokenizer would put Qwen's own
+    splitting of digits in place.)
+    """
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe.add_tokens(["<answer>", "</answer>"])  # a token each, as plain text
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=special[2], pad_token=special[0])
+    tokenizer.chat_template = CHATML
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=3 * hidden_size,
+            num_hidden_layers=num_layers, num_attention_heads=num_heads, num_key_value_heads=num_heads,
+            max_position_embeddings=4096, tie_word_embeddings=True, attention_bias=True,
+            initializer_range=0.85 * hidden_size**-0.5, bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.load_state_dict(layer.self_attn.q_proj.state_dict())
+    return model, tokenizer
+
+@torch.no_grad()
+def add_words(model, tokenizer, words):
+    """Make each of `words` one token of a tiny model.
+
+    Its embedding starts as the sum of its pieces' (a title is alike to the words in it) and a random vector
+    (it is nothing but itself).
+    """
+    pieces = [tokenizer(w, add_special_tokens=False).input_ids for w in words]
+    tokenizer.add_tokens(list(words))
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    weight, scale = model.get_input_embeddings().weight, model.config.initializer_range
+    for i, ids in zip(tokenizer.convert_tokens_to_ids(list(words)), pieces):
+        weight[i] = weight[ids].sum(0) / len(ids)**0.5 + 0.5 * scale * torch.randn_like(weight[i])
+
+@torch.no_grad()
+def favour_copying(model, offsets=(1, 2, 3), sharpness=5.0):
+    """Start a tiny model as a copying machine: it then learns to pick from a list in hundreds of steps.
+
+    What a head attends to it hands on as it is (output = value projection transposed); the MLPs start
+    small; the first layer's first heads attend `offsets` tokens back: a bias b for the query, and b rotated
+    by the offset for the key, make their product largest there, since rotary positions turn both by their
+    position.
+    """
+    size = model.config.hidden_size // model.config.num_attention_heads
+    base = model.config.rope_parameters["rope_theta"]
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.copy_(layer.self_attn.v_proj.weight.T)
+        layer.mlp.down_proj.weight.mul_(0.1)
+    attention = model.model.layers[0].self_attn
+    for head, offset in enumerate(offsets):
+        start = head * size
+        for projection in (attention.q_proj, attention.k_proj):
+            projection.weight[start:start + size] *= 0.1
+        for f in range(4):  # the fastest frequencies tell neighbours apart
+            angle = torch.tensor(offset * base ** (-2 * f / size))
+            attention.q_proj.bias[start + f] = sharpness
+            attention.k_proj.bias[start + f] = sharpness * angle.cos()
+            attention.k_proj.bias[start + size // 2 + f] = sharpness * angle.sin()
+
+def prepare_for_requests(model, tokenizer, dataset):
+    """What lets a tiny model pick a title from a list: a copying machine, and each title is one token."""
+    favour_copying(model)
+    add_words(model, tokenizer, dict.fromkeys(f" {shown_title(item)}" for item in dataset.items.values()))
+
+
+# --- template teachers ------------------------------------------------------------------------------------
+
+def judge_trace(history, candidate, reasoning=True):
+    """R2Rank's teacher: (response, its answer). It counts each attribute in the history, and judges by the
+    first.
+
+    Each claim repeats the attribute beside its evidence: a small model then needs one look-up for it, not
+    two.
+    """
+    counts = {f"{name} {values[-1]}": sum(values[-1] in item.attributes.get(name, ()) for item in history)
+              for name, values in candidate.attributes.items()}
+    yes = bool(counts) and next(iter(counts.values())) >= max(1, round(0.2 * len(history)))
+    evidence = ", ".join(f"{claim} {n}" for claim, n in counts.items()) or "nothing known"
+    answer = f"<answer>{'yes' if yes else 'no'}</answer>"
+    return (f"In the history: {evidence}.\n{answer}" if reasoning else answer), yes
+
+def answer_trace(query, rng):
+    """ReRec's teacher: a claim about the candidate that comes to mind first, then for each condition a
+    candidate that meets it and those before it; all true. It answers with the first item named, three times
+    in five, or the last.
+    """
+    conditions = list(query.conditions)
+    if not conditions:  # not known: what the right items have in common
+        truths = [c for c in query.candidates if c.id in query.truths]
+        conditions = [f for f in attribute_pairs(truths[0]) if all(f in attribute_pairs(t) for t in truths)]
+        conditions = rng.sample(conditions, min(len(conditions), max(1, query.num_conditions)))
+    first = rng.choice(query.candidates)
+    lines = [_claim(pair, first) for pair in attribute_pairs(first)[:1]]
+    left, last = query.candidates, first
+    for name, wanted in conditions:
+        meeting = [c for c in query.candidates if wanted in c.attributes.get(name, ())]
+        if meeting:  # what no candidate shows (RecBench+: a film's actors), the teacher does not claim
+            left = [c for c in left if c in meeting] or meeting
+            last = rng.choice(left)
+            lines.append(_claim((name, wanted), last))
+    chosen = first if rng.random() < 0.6 else last
+    return "\n".join([*lines, f"\\boxed{{ {shown_title(chosen)}}}"])
+
+def look_up_exercise(query, rng, num_claims=16):
+    """True claims about the candidates of a query: an exercise in looking up, for models from nothing."""
+    holders = {}
+    for c in query.candidates:
+        for pair in attribute_pairs(c):
+            holders.setdefault(pair, []).append(c)
+    pairs = rng.choices(sorted(holders), k=num_claims if holders else 0)
+    return "\n".join(_claim(pair, rng.choice(holders[pair])) for pair in pairs)
+
+def _claim(pair, item):
+    return f"{pair[0].replace('_', ' ')} {pair[1]} {shown_title(item)}"
+
+
+# --- what the tokenizer of a tiny model is trained on -----------------------------------------------------
+
+def ranking_texts(example, dataset):
+    """The catalogue, and what R2Rank's prompts and traces are made of."""
+    import r2r
+    frame = [r2r.SYSTEM, r2r.QUESTION, r2r.QUESTION_WITHOUT_REASONING,
+             "The user's history, oldest first:\n- ", "\nCandidate: "]
+    return dataset.texts() + frame * 3 + [judge_trace(example.history, c)[0] for c in dataset.items.values()]
+
+def request_texts(source, dataset, args):
+    """The catalogue, requests and ReRec's traces."""
+    import rerec
+    rng, queries = random.Random(args.seed), source.draw("train", 400)
+    frame = [rerec.SYSTEM, "Go through the candidates.",
+             "My history, oldest first:\n- Request: \nCandidates:\n- "]
+    traces = [answer_trace(q, rng) for q in queries]
+    return dataset.texts() + [q.text for q in queries] + traces + frame * 3
