@@ -98,10 +98,6 @@ def intervals(columns, users=None, samples=2000, seed=0):
     rows = zip(names, values.mean(0).tolist(), low, high)
     return {name: {"mean": m, "low": a, "high": b} for name, m, a, b in rows}
 
-def interval(values, users=None, **settings):
-    """intervals() of one column."""
-    return intervals({"": values}, users, **settings)[""]
-
 def evaluate(scores, examples):
     """scores: one (K,) sequence an example -> ({metric: interval}, {metric: [value a list]})."""
     rows = [list_metrics(s, e.relevance) for s, e in zip(scores, examples, strict=True)]
@@ -110,7 +106,7 @@ def evaluate(scores, examples):
 
 def difference(a, b, users=None):
     """The mean of a - b on the same lists, with its interval, as text."""
-    d = interval([x - y for x, y in zip(a, b, strict=True)], users)
+    d = intervals({"": [x - y for x, y in zip(a, b, strict=True)]}, users)[""]
     return f"{d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
 
 def paired_differences(values, users, metrics=METRICS):
@@ -156,11 +152,11 @@ class ListTest:
     """Held-out lists: what train.py and this file measure systems on, and how they report it."""
 
     def __init__(self, dataset, args):
-        self.dataset, self.args, self.item_name = dataset, args, "lists"
+        self.dataset, self.args = dataset, args
         if args.candidates:
-            misses = getattr(args, "count_misses", False)
+            misses, length = getattr(args, "count_misses", False), args.history_length
             lists = data.read_lists(args.candidates, dataset.items, misses)[:args.eval_lists]
-            self.items = [replace(e, history=e.history[-args.history_length:]) for e in lists]
+            self.items = [replace(e, history=e.history[-length:]) for e in lists]
         else:
             self.items = dataset.examples("test", args.eval_lists, args.num_candidates, args.history_length,
                                           args.seed)
@@ -227,7 +223,7 @@ class RequestTest:
     """Held-out requests, likewise."""
 
     def __init__(self, dataset, source, args):
-        self.dataset, self.args, self.item_name = dataset, args, "requests"
+        self.dataset, self.args = dataset, args
         self.items = source.draw("test", args.eval_lists)
         self.users = [q.user or q.id for q in self.items]
         self.hash = data.fingerprint(self.items)

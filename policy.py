@@ -98,12 +98,9 @@ def _render(tokenizer, messages, open_turn=True):
         turns = turns if open_turn else turns[:-2] + (tokenizer.eos_token or "")
         return (tokenizer.bos_token or "") + turns
     day = date.fromisoformat(tokenizer.init_kwargs.get("prompt_date", date.today().isoformat()))
-
-    def written(call):
-        return repr(day.strftime(call[2]))
-
     # transformers 5.24 hands no function to a template: what it would write is put there instead.
-    template = re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", written, tokenizer.get_chat_template())
+    template = re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda call: repr(day.strftime(call[2])),
+                      tokenizer.get_chat_template())
     return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False,
                                          add_generation_prompt=open_turn,
                                          date_string=day.strftime("%d %b %Y"))

@@ -6,7 +6,7 @@
     python train.py --resume runs/beauty-Qwen2.5-1.5B     go on after a crash, as if nothing had happened
     torchrun --nproc-per-node 8 train.py --model Qwen2.5-1.5B --data beauty        GPUs share every step
 
-The stages, all in `main`:
+The stages, all in `stages`:
     1. cold start   supervised, on traces that reason and answer; loss on the response alone
     2. warm-up      R2Rank: the score head alone, on rationales of the model as it is
     3. RL           a batch -> the method's `train_step` -> log, state
@@ -73,7 +73,8 @@ class Run:
     def __init__(self, args, fingerprint):
         from extras import parallel
         self.parallel = parallel
-        self.args, self.fingerprint, self.out = args, fingerprint, choose_directory(args)
+        self.args, self.fingerprint = args, fingerprint
+        self.out = parallel.gather([choose_directory(args)])[0]  # rank 0's choice is everybody's
         self.model = self.tokenizer = self.head = self.queue = self.state = self.log_file = None
         self.results, self.started, self.failures = {}, time.perf_counter(), 0
         if args.resume:
@@ -96,10 +97,10 @@ class Run:
         print(f"{dataset.name}: {len(dataset.items)} items, {len(dataset.sequences)} users")
         print(f"{self.args.model}: {count / 1e6:.1f}M parameters, {trained / 1e6:.1f}M to train, "
               f"{model.dtype} on {model.device}: {memory / 1e9:.1f} GB beside activations")
-        if state:
-            for part in (self.head, self.queue):
-                if part:
-                    part.load_state_dict(state["head" if part is self.head else "queue"])
+        if state and self.head:
+            self.head.load_state_dict(state["head"])
+        elif state:
+            self.queue.load_state_dict(state["queue"])
         elif self.parallel.rank() == 0:
             self.out.mkdir(parents=True, exist_ok=True)
             versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
@@ -139,8 +140,7 @@ class Run:
             torch.set_rng_state(saved["cpu"])
             if "cuda" in saved and torch.cuda.is_available():
                 torch.cuda.set_rng_state(saved["cuda"])
-        name = {"sft": "cold start", "rl": "RL"}[stage]
-        bar = tqdm(range(first + 1, total + 1), desc=name, unit="step", initial=first, total=total)
+        bar = tqdm(range(first + 1, total + 1), desc=stage, unit="step", initial=first, total=total)
         for step in bar:
             optimizer.schedule = min(1.0, step / total / 0.05) * (1 - 0.9 * step / total if falls else 1.0)
             yield step, bar
@@ -164,8 +164,8 @@ class Run:
 
     def log(self, stage, step, metrics, bar=None, every=1):
         """A line of metrics.jsonl; a step's main numbers on the bar and, `every` so many steps, as a line."""
-        failed = not math.isfinite(metrics.get("grad_norm", 0.0))
-        self.failures = self.failures + 1 if failed else 0
+        finite = math.isfinite(metrics.get("grad_norm", 0.0))
+        self.failures = 0 if finite else self.failures + 1
         if self.failures == 3:  # none of them changed a weight
             raise InputError("three steps in a row had a loss or gradient that is not finite; lower the "
                              "learning rates, or try --dtype float32")
@@ -358,17 +358,15 @@ def main(args):
     adapters = build_model(args, method, run)
     run.begin(dataset)
     try:
-        stages(run, method, train_step, adapters)
+        stages(args, run, method, train_step, adapters)
     except KeyboardInterrupt:
-        saved = (run.out / "state.pt").exists()
-        advice = f"go on with: python train.py --resume {run.out}" if saved else "nothing was saved yet"
-        print(f"\ninterrupted; {advice}")
+        if (run.out / "state.pt").exists():
+            print(f"\ninterrupted; go on with: python train.py --resume {run.out}")
         sys.exit(130)
     finally:
         run.tidy()
 
-def stages(run, method, train_step, adapters):
-    args = run.args
+def stages(args, run, method, train_step, adapters):
     # 1. and 2. Cold start, and what it is worth: by its answers, and by a head fitted on the model as it is.
     if not run.reached("rl"):
         if args.sft_steps:

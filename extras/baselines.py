@@ -3,9 +3,9 @@
     python extras/baselines.py --data beauty --full     every item ranked, for every test interaction
     python eval.py --baselines --data beauty            the same baselines on lists of candidates
 
-A fitted baseline is a *ranker*: a function (users, histories) -> scores (B, I) of all items, in the order of
-dataset.item_ids. Users are ids; histories are lists of item numbers (places in item_ids), oldest first.
-All learn from the training period; decays and epochs are chosen by NDCG@10 on validation (all items ranked).
+A *ranker* is a function (users, histories) -> scores (B, I) of all items, in the order of dataset.item_ids.
+Users are ids; histories are lists of item numbers (places in item_ids), oldest first. All learn from the
+training period; decays and epochs are chosen by NDCG@10 on validation (all items ranked).
 """
 
 import argparse
@@ -16,6 +16,7 @@ import re
 import sys
 from collections import Counter
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script finds only what is in its folder
@@ -47,7 +48,6 @@ def cosine_ranker(vectors, decay):
     """score_i = sum over the history of decay^age cos(v_i, v_h), where the latest item has age 0."""
     vectors = vectors.coalesce()
     scale = (vectors * vectors).sum(1).to_dense().clamp(min=1e-12).rsqrt()  # 1 / length
-
     def score(users, histories):
         weights = torch.zeros(len(histories), len(vectors))  # (B, I)
         for row, history in zip(weights, histories):
@@ -61,7 +61,6 @@ def lightgcn_ranker(number, model):
     """number: user -> the user's row in the model. Others are the mean of their history, without one 0."""
     with torch.no_grad():
         user_rows, item_rows = model.propagate()
-
     def score(users, histories):
         rows = [user_rows[number[u]] if u in number else item_rows[history].sum(0) / max(1, len(history))
                 for u, history in zip(users, histories)]
@@ -70,9 +69,7 @@ def lightgcn_ranker(number, model):
 
 class SASRec(nn.Module):
     """SASRec (Kang & McAuley 2018), a small GPT over a user's items: state . embedding scores the next item.
-
-    Number num_items is padding, on the right, which causality keeps out of all real states.
-    """
+    Number num_items is padding, on the right, which causality keeps out of all real states."""
 
     def __init__(self, num_items, dim=64, layers=2, heads=2, max_len=50, dropout=0.5):
         super().__init__()
@@ -93,7 +90,7 @@ class SASRec(nn.Module):
 
     @torch.no_grad()
     def scores(self, users, histories):
-        """The ranker; users do not matter. An empty history scores all items 0."""
+        """The ranker; an empty history scores all items 0."""
         rows = self.pad([h[-self.max_len:] for h in histories])
         lengths = (rows < self.padding).sum(1)
         states = self(rows)[torch.arange(len(rows)), lengths.clamp(min=1) - 1]  # (B, D)
@@ -110,11 +107,9 @@ class SASRec(nn.Module):
 
 def fit_sasrec(num_items, sequences, epochs=50, lr=1e-3, num_negatives=1024, batch_size=256, seed=0,
                stop=None, **sizes):
-    """Train a SASRec on sequences (lists of item numbers, oldest first); the rest as in rewards.fit_lightgcn.
-
+    """Train a SASRec on sequences of item numbers; `stop` as in rewards.fit_lightgcn.
     Deviation: a softmax over the target and `num_negatives` items, uniform and shared by a batch, in place of
-    a logistic loss with one. Nothing pushes down the history's items: leave them out of a ranking.
-    """
+    a logistic loss with one. Nothing pushes down the history's items: leave them out of a ranking."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():  # weights and dropout draw from it
         torch.manual_seed(seed)
@@ -130,9 +125,8 @@ def fit_sasrec(num_items, sequences, epochs=50, lr=1e-3, num_negatives=1024, bat
             batches = (lengths + jitter).argsort().split(batch_size)
             for b in torch.randperm(len(batches), generator=generator).tolist():
                 negatives = torch.randperm(num_items, generator=generator)[:num_negatives]
-                loss = model.loss(model.pad([sequences[n] for n in batches[b].tolist()]), negatives)
                 optimizer.zero_grad()
-                loss.backward()
+                model.loss(model.pad([sequences[n] for n in batches[b].tolist()]), negatives).backward()
                 optimizer.step()
             if stop and stop(model, epoch):
                 break
@@ -140,21 +134,16 @@ def fit_sasrec(num_items, sequences, epochs=50, lr=1e-3, num_negatives=1024, bat
 
 def fit_ranker(fit, ranker_of, validate, every, patience):
     """The ranker of the best epoch; looks at one in `every`, and ends after `patience` without a better one.
-
-    fit: takes `stop`, as fit_lightgcn; ranker_of: model -> ranker; validate: ranker -> float.
-    """
+    fit: takes `stop`, as fit_lightgcn; ranker_of: model -> ranker; validate: ranker -> float."""
     best, found, waited = -1.0, None, 0
-
     def stop(model, epoch):
         nonlocal best, found, waited
-        if epoch % every:
-            return False
-        ranker = ranker_of(copy.deepcopy(model).eval())
-        value, waited = validate(ranker), waited + 1
-        if value > best:
-            best, found, waited = value, ranker, 0
+        if epoch % every == 0:
+            ranker = ranker_of(copy.deepcopy(model).eval())
+            value, waited = validate(ranker), waited + 1
+            if value > best:
+                best, found, waited = value, ranker, 0
         return waited == patience
-
     fit(stop=stop)
     return found
 
@@ -167,14 +156,12 @@ def fit_baselines(dataset, names=BASELINES, seed=0, num_validation=2000):
         raise InputError(f"{dataset.name}: no interactions in the training period to learn baselines from")
     rows = [[index[i] for i in ids] for ids in training.values()]
     pairs = torch.tensor([(u, i) for u, row in enumerate(rows) for i in row])
-    counts = pairs[:, 1].bincount(minlength=len(index)).float()
-
     def validate(ranker):
         targets = dataset.targets("validation", seed)[:num_validation]
         return sum(row["ndcg@10"] for row in full_ranking(dataset, ranker, targets))
-
     def fit(name):
         if name == "popularity":
+            counts = pairs[:, 1].bincount(minlength=len(index)).float()
             return lambda users, histories: counts.expand(len(users), -1)
         if name == "lightgcn":
             ranker_of = partial(lightgcn_ranker, {user: n for n, user in enumerate(training)})
@@ -182,17 +169,14 @@ def fit_baselines(dataset, names=BASELINES, seed=0, num_validation=2000):
             return fit_ranker(fit, ranker_of, validate, every=5, patience=3)
         if name == "sasrec":
             fit = partial(fit_sasrec, len(index), rows, seed=seed)
-            return fit_ranker(fit, lambda model: model.scores, validate, every=2, patience=5)
-        if name == "title-overlap":
-            words = [re.findall(r"\w+", item.title.lower()) for item in dataset.items.values()]
-            features = [sorted(set(row)) for row in words]
-        else:
+            return fit_ranker(fit, attrgetter("scores"), validate, every=2, patience=5)
+        features = [sorted(set(re.findall(r"\w+", x.title.lower()))) for x in dataset.items.values()]
+        if name == "item-knn":  # the features of an item are the users who had it
             features = [[] for _ in index]
             for u, i in pairs.unique(dim=0).tolist():
-                features[i].append(u)  # who had the item
+                features[i].append(u)
         vectors = feature_vectors(features, idf=name == "title-overlap")
         return max((cosine_ranker(vectors, decay) for decay in DECAYS), key=validate)
-
     return {name: fit(name) for name in names}
 
 def score_rows(ranker, users, histories, batch=256):
@@ -236,11 +220,11 @@ def main():
     for name, ranker in (rankers | fit_baselines(dataset, args.baselines, args.seed)).items():
         rows = full_ranking(dataset, ranker, targets)
         values[name] = {metric: [row[metric] for row in rows] for metric in METRICS}
-    report = {"data": dataset.name, "num_targets": len(targets), "num_items": size,
-              "full": {name: intervals(columns, users) for name, columns in values.items()},
+    full = {name: intervals(columns, users) for name, columns in values.items()}
+    report = {"data": dataset.name, "num_targets": len(targets), "num_items": size, "full": full,
               "differences": paired_differences(values, users)}
     print(f"{dataset.name}: {len(targets)} test interactions, each ranked among {size} items")
-    print(table(report["full"], ("ndcg@10", "hr@1", "hr@5", "hr@10", "hr@20", "mrr", "rank")))
+    print(table(full, ("ndcg@10", "hr@1", "hr@5", "hr@10", "hr@20", "mrr", "rank")))
     args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 if __name__ == "__main__":

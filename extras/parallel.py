@@ -1,7 +1,4 @@
-"""Several processes under torchrun share every step; and the optimizer, which adds up over them.
-
-All processes draw the same batch, and each works on its share. With one process these do nothing.
-"""
+"""Several processes under torchrun: all draw the same batch, each does its share, the optimizer adds up."""
 
 import math
 import os
@@ -11,16 +8,12 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils import clip_grad_norm_
 
-from data import InputError
-
 def start_processes(args):
-    """Meet the processes that torchrun started, if it did. Raises InputError."""
+    """Meet the processes that torchrun started, if it did."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
     on_gpu = args.device != "cpu" and torch.cuda.is_available()
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(minutes=30))
-    if on_gpu and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-        raise InputError("more processes than GPUs here; lower --nproc-per-node, or add --device cpu")
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # from here on `cuda` means this one
 
@@ -34,10 +27,10 @@ def my_share(items):
 
 def gather(items):
     """The lists of all processes, joined in the order of ranks, which undoes `my_share`."""
-    lists = [items]
-    if dist.is_initialized():
-        lists = [None] * dist.get_world_size()
-        dist.all_gather_object(lists, items)
+    if not dist.is_initialized():
+        return items
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, items)
     return [x for one in lists for x in one]
 
 def broadcast(module):
@@ -46,22 +39,19 @@ def broadcast(module):
         dist.broadcast(p.data, 0)
 
 class Optimizer:
-    """AdamW on float32 weights, whatever the model's; it adds up over processes. groups: [(parameters,
-    rate)].
+    """AdamW on float32 weights, summed over processes. groups: [(parameters, rate)].
 
     An update of 1e-6 is below the resolution of a bfloat16 weight and would be lost. So such weights have a
     float32 master, where gradients add up, too: each is moved there once its backward pass has written it.
     """
 
     def __init__(self, groups):
-        self.masters, rows = [], []  # (weight, its master) pairs
-        for parameters, rate in groups:
-            for p in [p for p in parameters if p.requires_grad]:
-                master = p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
-                self.masters.append((p, master))
-                rows.append({"params": [master], "lr": rate, "rate": rate})
-        self.hooks = [p.register_post_accumulate_grad_hook(self._move_gradient(m))
-                      for p, m in self.masters if p is not m]
+        self.masters, self.copied, rows = [], [], []  # copied: (weight, its master) pairs
+        for p, rate in [(p, rate) for parameters, rate in groups for p in parameters if p.requires_grad]:
+            self.masters.append(p if p.dtype == torch.float32 else p.detach().float().requires_grad_())
+            self.copied += [(p, self.masters[-1])] if self.masters[-1] is not p else []
+            rows.append({"params": self.masters[-1:], "lr": rate, "rate": rate})
+        self.hooks = [p.register_post_accumulate_grad_hook(self._move_gradient(m)) for p, m in self.copied]
         self.adamw = torch.optim.AdamW(rows, betas=(0.9, 0.95), weight_decay=0.0)
         self.schedule = 1.0  # share of the rates
 
@@ -82,36 +72,29 @@ class Optimizer:
         return {name: sum(one[name] for one in every) for name in numbers}
 
     def step(self):
-        """Sum over processes, clip, step, clear the gradients. Returns the gradient's norm before clipping.
-
-        A gradient that is not finite is thrown away: the weights stay as they are.
-        """
-        masters = [m for _, m in self.masters]
-        if dist.is_initialized() and any(gather([any(m.grad is not None for m in masters)])):
-            for m in masters:
+        """Sum, clip, step (if all is finite), clear. Returns the gradient's norm before clipping."""
+        if dist.is_initialized() and any(gather([any(m.grad is not None for m in self.masters)])):
+            for m in self.masters:
                 m.grad = torch.zeros_like(m) if m.grad is None else m.grad.contiguous()
                 dist.all_reduce(m.grad)
-        norm = clip_grad_norm_(masters, 1.0).item()
+        norm = clip_grad_norm_(self.masters, 1.0).item()
         if math.isfinite(norm):
             for group in self.adamw.param_groups:
                 group["lr"] = group["rate"] * self.schedule
             self.adamw.step()
             with torch.no_grad():
-                for p, m in self.masters:
-                    if p is not m:
-                        p.copy_(m)
-        for m in masters:
-            m.grad = None
+                for p, m in self.copied:
+                    p.copy_(m)
+        self.adamw.zero_grad()
         return norm
 
     def state_dict(self):
-        masters = [m.detach() for p, m in self.masters if p is not m]
-        return {"adamw": self.adamw.state_dict(), "masters": masters}
+        return {"adamw": self.adamw.state_dict(), "masters": [m.detach() for _, m in self.copied]}
 
     @torch.no_grad()
     def load_state_dict(self, state):
         self.adamw.load_state_dict(state["adamw"])
-        for m, saved in zip([m for p, m in self.masters if p is not m], state["masters"]):
+        for (_, m), saved in zip(self.copied, state["masters"]):
             m.copy_(saved)
 
     def close(self):

@@ -19,7 +19,6 @@ import random
 
 from data import InputError, Query, attribute_pairs, title_key
 
-KINDS = ("explicit", "implicit", "misinformed", "interest")
 # Attribute -> (what its value is called, how a value is asked for). Others go by the attribute's name.
 WORDING = {
     "directed_by": ("director", "directed by"), "written_by": ("writer", "written by"),
@@ -28,29 +27,26 @@ WORDING = {
 
 # The last four of each are for test alone. {}: where the conditions stand.
 TEMPLATES = {
-    "explicit": ("I am looking for something {}.", "Can you recommend something {}?",
-        "Please suggest an item {}.", "What would you recommend {}?", "I want something {}.",
-        "Find me an item {}.", "Do you have something {}?", "I would like to try something {}.",
-        "Could you find something {} for me?", "I would like an item {}, please.",
-        "Please recommend me something {}.", "Do you have an item {} to suggest?"),
-    "implicit": ("I am looking for something {}.", "Can you find an item {}?", "I want something new {}.",
-        "What do you have {}?", "Please recommend something {}.", "Is there an item {}?",
-        "I would love to try something {}.", "Suggest something {}, please.", "Please find me something {}.",
-        "I would like to try an item {}.", "Can you suggest something new {}?",
-        "Do you have something {} for me?"),
-    "misinformed": ("I am looking for something {}.", "Can you recommend an item {}?",
-        "I want another item {}.", "Please find something {}.", "What else is there {}?",
-        "Do you know something {}?", "I would like something more {}.", "Suggest an item {}.",
-        "Can you find me another item {}?", "Please suggest something more {}.",
-        "Do you have something else {}?", "I would like an item {}."),
-    "interest": ("I like {}. What else would I like?",
-        "I enjoyed {}. Can you recommend something like that?",
-        "Lately I chose {}. Please suggest something similar.",
-        "My favourites are {}. Find me another like them.", "I am fond of {}. What should I try next?",
-        "Having tried {}, I want more of the same.", "I bought {} and liked both. What would you recommend?",
-        "Recommend something similar to {}.", "I tried {} and enjoyed both. Please recommend another.",
-        "What would you suggest to me if I like {}?", "My choice was {}. Can you find something similar?",
-        "I want something like {}.")}
+    "explicit": """I am looking for something {}. | Can you recommend something {}? | Please suggest an
+        item {}. | What would you recommend {}? | I want something {}. | Find me an item {}. | Do you have
+        something {}? | I would like to try something {}. | Could you find something {} for me? | I would
+        like an item {}, please. | Please recommend me something {}. | Do you have an item {} to suggest?""",
+    "implicit": """I am looking for something {}. | Can you find an item {}? | I want something new {}. |
+        What do you have {}? | Please recommend something {}. | Is there an item {}? | I would love to try
+        something {}. | Suggest something {}, please. | Please find me something {}. | I would like to try an
+        item {}. | Can you suggest something new {}? | Do you have something {} for me?""",
+    "misinformed": """I am looking for something {}. | Can you recommend an item {}? | I want another
+        item {}. | Please find something {}. | What else is there {}? | Do you know something {}? | I would
+        like something more {}. | Suggest an item {}. | Can you find me another item {}? | Please suggest
+        something more {}. | Do you have something else {}? | I would like an item {}.""",
+    "interest": """I like {}. What else would I like? | I enjoyed {}. Can you recommend something like
+        that? | Lately I chose {}. Please suggest something similar. | My favourites are {}. Find me another
+        like them. | I am fond of {}. What should I try next? | Having tried {}, I want more of the same. | I
+        bought {} and liked both. What would you recommend? | Recommend something similar to {}. | I tried {}
+        and enjoyed both. Please recommend another. | What would you suggest to me if I like {}? | My choice
+        was {}. Can you find something similar? | I want something like {}."""}
+TEMPLATES = {kind: " ".join(text.split()).split(" | ") for kind, text in TEMPLATES.items()}
+KINDS = tuple(TEMPLATES)
 
 def query_source(dataset, kinds=None, max_conditions=3, num_candidates=20, history_length=10, seed=0):
     """What draws a data set's requests: RecBench+'s files, or its attributes. Raises InputError."""
@@ -65,13 +61,12 @@ class QueryBuilder:
     def __init__(self, dataset, kinds=None, max_conditions=3, num_candidates=20, history_length=10, seed=0):
         self.dataset, self.kinds, self.seed, items = dataset, kinds or KINDS, seed, dataset.items
         self.max_conditions, self.num_candidates = max_conditions, num_candidates
-        self.history_length, self.graph_items = history_length, items.values
+        self.history_length, self.graph_items, holders = history_length, items.values, {}
         # Two items of one title cannot be told apart: never both in a request or among its candidates.
         self.keys = {i: title_key(item.title) for i, item in items.items()}
-        holders = {}
-        for item in items.values():
+        for i, item in items.items():
             for pair in attribute_pairs(item):
-                holders.setdefault(pair, []).append(item.id)
+                holders.setdefault(pair, []).append(i)
         self.with_pair = {pair: ids for pair, ids in holders.items() if 3 <= len(ids) <= len(items) // 2}
         self.pairs = {i: [p for p in attribute_pairs(x) if p in self.with_pair] for i, x in items.items()}
         if not self.with_pair or not set(self.kinds) <= set(KINDS):
@@ -99,20 +94,18 @@ class QueryBuilder:
         positive, excluded = items[sequence[position].item_id], {x.item_id for x in sequence}
         before = sequence[max(0, position - self.history_length):position]
         past = [items[x.item_id] for x in before if x.item_id != positive.id]
-        if kind == "interest":
-            phrases, conditions, wrong = self._common_interest(rng, past, positive)
-        else:
-            phrases, conditions, wrong = self._conditions(rng, kind, positive, excluded)
+        phrases, conditions, wrong = (self._common_interest(rng, past, positive) if kind == "interest" else
+                                      self._conditions(rng, kind, positive, excluded))
         candidates = phrases and self._candidates(rng, positive, conditions, wrong, excluded)
         if not candidates:
             return None
         request = " and ".join(filter(None, [", ".join(phrases[:-1]), phrases[-1]]))
         text = rng.choice(TEMPLATES[kind][8:] if split == "test" else TEMPLATES[kind][:8]).format(request)
         return Query(f"{split}/{user}/{position}/{kind}/{number}", text, kind, len(conditions), candidates,
-                     truths=(positive.id,), user=user, history=past, conditions=tuple(conditions))
+                     (positive.id,), user, past, tuple(conditions))
 
     def _common_interest(self, rng, past, positive):
-        """Like `_conditions`: two items of the past, and all that they have in common."""
+        """Two items of the past, and all that they have in common; returns what `_conditions` does."""
         couples = [(a, b) for n, a in enumerate(past) for b in past[:n] if self.keys[a.id] != self.keys[b.id]]
         for a, b in rng.sample(couples, len(couples)):
             common = [p for p in self.pairs[a.id] if p in self.pairs[b.id]]
@@ -160,9 +153,8 @@ class QueryBuilder:
     def _candidates(self, rng, positive, conditions, wrong, excluded):
         """The positive and negatives, shuffled, no two of one title; None where the catalogue has too few."""
         proposals = [rng.choice(self.with_pair[wrong])] if wrong else []
-        if len(conditions) > 1:
-            for _ in range(self.num_candidates // 4):
-                proposals.append(rng.choice(self.with_pair[rng.choice(conditions)]))
+        for _ in range(self.num_candidates // 4 if len(conditions) > 1 else 0):
+            proposals.append(rng.choice(self.with_pair[rng.choice(conditions)]))
         proposals += [rng.choice(self.dataset.item_ids) for _ in range(50 * self.num_candidates)]
         chosen = {self.keys[positive.id]: positive}  # by title
         for i in proposals:

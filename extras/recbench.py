@@ -1,7 +1,7 @@
 """RecBench+ (arXiv 2503.09382), which ReRec (arXiv 2604.07851) is measured on: its queries and its metrics.
 
 Choices of ours:
-  1. Negatives are uniform, without the right items, the history, and what is known to meet all conditions.
+  1. Negatives are uniform, without right items, history, and what is known to meet all conditions.
   2. The history of an interest query is what its users watched before (`predecessor_*`). The "Shared
      consecutive" items are the pool of right answers: neither shown nor drawn as negatives.
   3. Splits go by user, or without one by record: queries of one share right answers.
@@ -24,23 +24,18 @@ TEXTS = ("query", "situational_description_query", "direct_description_query")
 # Between the titles of a sequence: arrows and bars, commas after a year, commas between quotes.
 SEQUENCE = re.compile(r"""\s*(?:->|→|\[SEP\]|\|)\s*|(?<=\(\d{4}\))\s*,\s*|['"],\s*['"]""")
 MALFORMED = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, StopIteration)
-MAX_PREDICTIONS = 200  # only the first so many are compared with the truths; all count in the precision
 
 class RecBench:
     """The catalogue and the queries in dataset/{domain}/ of a RecBench+ copy. Raises InputError.
-
-    The catalogue is movies.dat (`id::title (year)::genre|genre`); for books, books.dat (`id::title`) where it
-    is there, else every book that a record names.
-    items: id -> Item; the attributes are those that *every* item has (a movie's genres): safe to show.
+    The catalogue is movies.dat (`id::title (year)::genre|genre`), books.dat (`id::title`), or where that is
+    missing every book that a record names. Items have the attributes that *all* have: a movie's genres.
     holders: (relation, value) -> ids of the items known to have it, also from what the queries ask and hint.
     That is known of right items and hardly of others: a prompt that showed it would give the answer away.
-    pools: query id -> ids of the right answers of its record. left_out: query id -> why it is no query.
-    """
+    pools: query id -> ids of the right answers of its record. left_out: query id -> why it is no query."""
 
     def __init__(self, folder, domain, history_length=10):
         base = Path(folder).expanduser() / "dataset" / domain
-        files = {kind: base / f"{name}Query.json" for kind, name in FILES.items()}
-        files = {kind: file for kind, file in files.items() if file.is_file()}
+        files = {kind: file for kind, name in FILES.items() if (file := base / f"{name}Query.json").is_file()}
         if domain not in ("movie", "book") or not files:
             raise InputError(f"{base}: no query file of movie or book there, such as ExplicitQuery.json. "
                              f"RecBench+ is published at https://github.com/jiani-huang/RecBench")
@@ -52,8 +47,7 @@ class RecBench:
             (item_id, _, title), genres = map(str.strip, line.partition("::")), ""
             if not (item_id and title):
                 raise InputError(f"{path} line {number}: expected id::title, found {line[:60]!r}")
-            # A title may hold `::` too: a movie's genres are the last field, unless that ends in its year.
-            if domain == "movie" and "::" in title and not re.search(r"\(\d{4}\)$", title):
+            if domain == "movie" and "::" in title:  # a title may hold `::` too: genres are the last field
                 title, _, genres = title.rpartition("::")
             self.add(item_id, title, genres.split("|"))
         for kind, path in files.items():
@@ -91,15 +85,14 @@ class RecBench:
         if domain == "movie":  # the benchmark's evaluation counts the empty queries of books alone
             requests = [r for r in requests if r]
         titles = {n: r.get(f"{domain}Subset") or r[f"{domain} subset"] for n, r in enumerate(requests) if r}
-        conditions = record.get("sharedRelationships") or []
-        conditions = tuple((relation.lower(), clean(value)) for relation, value in conditions)
+        conditions = tuple((name.lower(), clean(v)) for name, v in record.get("sharedRelationships") or [])
         for hint in (record.get("multihop_info") or []) + (record.get("misinformed") or []):
             person = hint.get("original person") or hint["person"]  # of two, the latter is wrong
             self.holders[hint["relation"].lower(), clean(person)].update(self.find([hint[domain]]))
         past = [v for k, v in record.items() if k == "history_sample" or k.startswith("predecessor")]
-        past, pool = titles_in(past), titles_in(record.get(f"Shared consecutive {domain}s", []))
-        pool += titles_in(list(titles.values())) if kind == "interest" else []
-        past, pool = self.find(past), self.find(pool)
+        pool = [record.get(f"Shared consecutive {domain}s", [])]
+        pool += titles.values() if kind == "interest" else ()
+        past, pool = self.find(titles_in(past)), self.find(titles_in(pool))
         for n, listed in titles.items():
             text = next(requests[n][name] for name in TEXTS if name in requests[n]).split()
             text = " ".join(filter(None, map(clean, text)))  # by words: `clean` cuts at a title's length
@@ -111,14 +104,13 @@ class RecBench:
             truths, self.pools[name] = self.find(listed, requests[n].get(f"{domain}SubsetId")), pool
             for condition in conditions:
                 self.holders[condition].update(truths)
-            history = [self.items[i] for i in past if i not in pool and i not in truths]
-            query = Query(name, text, kind, len(conditions), [], tuple(truths), conditions=conditions,
-                          user=str(record.get("source_user") or group), titles=tuple(listed),
-                          history=history[max(0, len(history) - self.history_length):])
-            if truths:
-                self.queries.append(query)
-            else:
+            if not truths:
                 self.left_out[name] = f"not in the catalogue: {clean(', '.join(listed))}"
+                continue
+            history = [self.items[i] for i in past if i not in pool and i not in truths]
+            self.queries.append(Query(
+                name, text, kind, len(conditions), [], tuple(truths), str(record.get("source_user") or group),
+                history[max(0, len(history) - self.history_length):], conditions, tuple(listed)))
 
     def graph_items(self):
         """The catalogue with all that is known: for the item-attribute graph, never for a prompt."""
@@ -134,10 +126,10 @@ def key_of(title):
 
 def titles_in(value):
     """The titles in {title: count}, the most frequent last, in lists, nested, and in sequences."""
-    if isinstance(value, str):
-        return SEQUENCE.split(value)
+    if isinstance(value, (str, int, float)):
+        return SEQUENCE.split(value) if isinstance(value, str) else []
     value = sorted(value, key=value.get) if isinstance(value, dict) else value
-    return [title for entry in value if not isinstance(entry, (int, float)) for title in titles_in(entry)]
+    return [title for entry in value for title in titles_in(entry)]
 
 class RecBenchQueries:
     """The benchmark's queries as a source of requests, like QueryBuilder."""
@@ -149,8 +141,8 @@ class RecBenchQueries:
             raise InputError(f"these RecBench+ files hold {', '.join(sorted(there))} queries alone")
         self.splits = {"train": [], "validation": [], "test": []}
         for q in bench.queries:
+            u = random.Random(f"{seed}/split/{q.user}").random()
             if q.kind in (kinds or there):
-                u = random.Random(f"{seed}/split/{q.user}").random()
                 self.splits["train" if u < 0.8 else "validation" if u < 0.9 else "test"].append(q)
 
     def draw(self, split, count, start=0):
@@ -165,8 +157,8 @@ class RecBenchQueries:
     def with_candidates(self, query, rng):
         """One right item and negatives, shuffled, no two of one title."""
         bench, met = self.bench, [self.bench.holders[condition] for condition in query.conditions]
-        met = set.intersection(*met) if met else ()
-        excluded = {*met, *query.truths, *bench.pools[query.id], *(h.id for h in query.history)}
+        excluded = {*query.truths, *bench.pools[query.id], *(h.id for h in query.history)}
+        excluded.update(set.intersection(*met) if met else ())
         taken = {key_of(bench.items[i].title) for i in excluded}
         wrong = [i for key, i in bench.ids.items() if key not in taken]
         if len(wrong) < self.num_candidates - 1:
@@ -178,13 +170,11 @@ class RecBenchQueries:
 
 def open_ended(response, truths, match="recbench", domain="movie"):
     """Score an answer without candidates: {"precision", "recall", "ndcg": float, "ftr": bool}.
-
     truths: the right titles as the data write them. ftr (fail to recommend): no [SEP] in the response.
-    match="recbench": the benchmark's rule without its knowledge graph; it reproduces the published scores. A
-      prediction hits the first truth whose SequenceMatcher ratio with it is >= 0.8. A movie loses quotes and
-      year, its truth does not. A truth hit twice counts twice in NDCG alone, which can exceed 1.
-    match="exact" (ours): equal names, and equal years where both have one. Each truth is hit once.
-    """
+    match="recbench": the benchmark's rule, without its knowledge graph; it reproduces the published scores. A
+      prediction hits the first truth with a SequenceMatcher ratio >= 0.8. A movie loses quotes and year, its
+      truth does not. A truth hit twice counts twice in NDCG alone, which can exceed 1.
+    match="exact" (ours): equal names, and equal years where both have one. Each truth is hit once."""
     predictions, exact, left, hits = response.split("[SEP]"), match == "exact", list(truths), []
     ftr = len(predictions) == 1
     if exact:
@@ -196,7 +186,7 @@ def open_ended(response, truths, match="recbench", domain="movie"):
     else:
         predictions = [p.strip().strip("'").strip('"').strip() for p in predictions]
         predictions = [re.sub(r"\s\(\d{4}\)$", "", p).strip() for p in predictions]
-    for prediction in predictions[:MAX_PREDICTIONS]:
+    for prediction in predictions[:200]:  # of a longer list the rest hits nothing
         prediction = title_key(prediction[:300]) if exact else prediction  # no title is longer
         hits.append(next((t for t in left if similar(prediction, t)), None))
         left = [t for t in left if t != hits[-1]] if exact else left
@@ -210,18 +200,17 @@ def similar(prediction, truth):
     """Whether a title is one of the right ones: by the benchmark's rule, or of `title_key`s by ours."""
     if isinstance(truth, tuple):
         return prediction[0] == truth[0] and ("" in (prediction[1], truth[1]) or prediction == truth)
-    # The quick ratios are upper bounds of the ratio: they stop a megabyte at once.
     matcher = SequenceMatcher(None, prediction, truth)
-    ratios = (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio)
-    return bool(prediction.strip()) and all(ratio() >= 0.8 for ratio in ratios)
+    # The quick ratio is an upper bound: it stops a megabyte at once.
+    return bool(prediction.strip()) and matcher.real_quick_ratio() >= 0.8 and matcher.ratio() >= 0.8
 
 def read_responses(path, bench):
     """[(query, response)] of a JSONL of {"id", "response"}: the query's id, or the benchmark's ("3862" of
     movie-explicit-3862) with "kind" where several kinds have it. Raises InputError."""
     queries, named, lines, pairs = {q.id: q for q in bench.queries}, defaultdict(list), {}, []
     for full in bench.pools:
-        for name in (full, full.split("-", 2)[2]):
-            named[name].append(full)
+        named[full].append(full)
+        named[full.split("-", 2)[2]].append(full)
     for number, line in read_lines(path):
         where = f"{path} line {number}"
         try:
@@ -232,10 +221,9 @@ def read_responses(path, bench):
             raise InputError(f'{where}: expected {{"id", "response": text}}; {error!r}') from None
         if len(found) != 1:
             raise InputError(f'{where}: id {name!r} is of {", ".join(found) or "no query"}; add "kind"')
-        if found[0] in bench.left_out or found[0] in lines:
-            reason = bench.left_out.get(found[0]) or f"answered on line {lines[found[0]]} already"
+        if reason := bench.left_out.get(found[0]) or lines.get(found[0]):
             raise InputError(f"{where}: id {name!r}: {reason}; remove this line")
-        lines[found[0]] = number
+        lines[found[0]] = f"answered on line {number} already"
         pairs.append((queries[found[0]], response))
     return pairs
 
@@ -247,9 +235,8 @@ def evaluate_open_ended(dataset, path, out):
     if not pairs:
         raise InputError(f"--open-ended {path}: give a file with answers, and --data recbench:movie or :book")
     kinds = sorted({q.kind for q, _ in pairs})
-    num_all = sum(q.kind in kinds for q in bench.queries)
-    print(f"{dataset.name}: answered {len(pairs)} of {num_all} ({', '.join(kinds)}); report in {out}")
-    report = {"data": dataset.name, "answered": len(pairs), "of": num_all, "kinds": kinds}
+    report = {"data": dataset.name, "answered": len(pairs), "of": sum(q.kind in kinds for q in bench.queries)}
+    print(f"{dataset.name}: answered {len(pairs)} of {report['of']} ({', '.join(kinds)}); report in {out}")
     for match in ("recbench", "exact"):
         rows = {q.id: open_ended(text, q.titles, match, bench.domain) for q, text in pairs}
         columns = {name: [float(row[name]) for row in rows.values()] for name in names}

@@ -24,12 +24,9 @@ BEFORE = ("head-only", "sft", "zero-shot")  # the model before RL: the first of 
 
 def write_result(folder, report, seconds):
     """RUN/result.json, all that tables and figures need of a run: no path of the machine is in it.
-
-    report: what eval.json holds. A curve's points are means over at most 100 windows of steps.
-    """
+    report: what eval.json holds. A curve's points are means over at most 100 windows of steps."""
     config, stages, curve = json.loads((folder / "config.json").read_text()), {}, {}
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
         stages.setdefault(row.pop("stage"), []).append(row)
     for stage, rows in stages.items():
         size = -(-len(rows) // 100)
@@ -37,16 +34,17 @@ def write_result(folder, report, seconds):
         curve[stage] = {name: [float(f"{mean(row[name] for row in w):.6g}") for w in windows]
                         for name, value in rows[0].items() if name != "step" and value is not None}
         curve[stage]["step"] = [w[-1]["step"] for w in windows]
-    metric = "accuracy" if config["flags"]["method"] == "rerec" else "ndcg@10"
     flags = {k: Path(v).name if isinstance(v, str) else v for k, v in config["flags"].items()
              if k not in ("out", "resume", "cache_dir", "data_dir", "save_every")}
     result = config | report | {
         "flags": flags, "curve": curve,
-        "differences": {pair: {metric: found[metric]} for pair, found in report["differences"].items()},
         "values": {k: [round(x, 4) for x in v] for k, v in report["values"].items() if k != "random"},
         "seconds": {k: sum(r["seconds"] for r in rows) for k, rows in stages.items()} | {"all": seconds}}
     lines = ",".join(f"\n {json.dumps(k)}: {json.dumps(v)}" for k, v in result.items())
     (folder / "result.json").write_text("{" + lines + "\n}\n")
+
+def metric_of(run):
+    return "accuracy" if run["flags"]["method"] == "rerec" else "ndcg@10"
 
 def read_blocks(paths):
     """Run directories or copies of result.json -> [{name: [results]}], a table each. Raises InputError."""
@@ -55,9 +53,8 @@ def read_blocks(paths):
         file = Path(path) / "result.json" if Path(path).is_dir() else Path(path)
         try:
             r = json.loads(file.read_text())
-            r["metric"] = "accuracy" if r["flags"]["method"] == "rerec" else "ndcg@10"
-            key = r["data"], r["metric"], r["num_lists"]
-            r["systems"]["rl"][r["metric"]], r["seed"], r["lists"], r["users"], r["values"]["rl"], r["curve"]
+            key = r["data"], metric_of(r), r["num_lists"]
+            r["systems"]["rl"][metric_of(r)], r["seed"], r["lists"], r["users"], r["values"]["rl"], r["curve"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: no result.json of a finished run of train.py ({error!r})") from None
         name = file.resolve().parent.name if file.name == "result.json" else file.stem
@@ -82,12 +79,11 @@ def paired(runs, first, system="rl"):
 def summarise(block):
     """{name: (values of the main metric over seeds, {column: text})} of the runs, then of the baselines."""
     first_name, first = next(iter(block.items()))
-    runs, metric = [r for group in block.values() for r in group], first[0]["metric"]
-    groups = {name: (group, "rl") for name, group in block.items()}
+    runs, metric = sum(block.values(), []), metric_of(first[0])
+    groups, rows = {name: (group, "rl") for name, group in block.items()}, {}
     for name in dict.fromkeys(s for r in runs for s in r["systems"] if s not in ("rl", *BEFORE)):
         # A baseline does not depend on the run: it counts once for each set of lists.
         groups[name] = list({r["lists"]: r for r in runs if name in r["systems"]}.values()), name
-    rows = {}
     for name, (group, system) in groups.items():
         systems = [r["systems"][system] for r in group]
         values = [s[metric]["mean"] for s in systems]
@@ -99,12 +95,12 @@ def summarise(block):
         for column in kinds or ("hr@1", "hr@10", "mrr"):
             found = [s["by_kind"][column][metric] if kinds else s[column] for s in systems]
             texts[column] = f"{mean(x['mean'] for x in found):.3f}"
-        before = next((s for s in BEFORE if all(s in r["systems"] for r in group)), None)
-        if system == "rl" and before:
-            texts["before"] = f"{mean(r['systems'][before][metric]['mean'] for r in group):.3f}"
-        for column in ("entropy", "format_rate") if system == "rl" else ():  # at the end of training
-            ends = [r["curve"]["rl"][column][-1] for r in group if r["curve"].get("rl", {}).get(column)]
-            texts[column] = f"{mean(ends):.2f}" if ends else ""
+        if system == "rl":
+            for before in [s for s in BEFORE if all(s in r["systems"] for r in group)][:1]:
+                texts["before"] = f"{mean(r['systems'][before][metric]['mean'] for r in group):.3f}"
+            for column in ("entropy", "format_rate"):  # at the end of training
+                ends = [r["curve"]["rl"][column][-1] for r in group if r["curve"].get("rl", {}).get(column)]
+                texts[column] = f"{mean(ends):.2f}" if ends else ""
         rows[name] = values, texts
     return rows
 
@@ -130,17 +126,17 @@ def plot(blocks, out):
     matplotlib.rcParams.update({"svg.hashsalt": "report", "svg.fonttype": "none"})  # a file of the runs alone
     figure = matplotlib.figure.Figure((10, 3.6 * len(blocks)), layout="constrained")
     for block, (left, right) in zip(blocks, figure.subplots(len(blocks), 2, squeeze=False)):
-        metric, colours = next(iter(block.values()))[0]["metric"], dict(zip(block, len(block) * COLOURS))
+        metric, colours = metric_of(next(iter(block.values()))[0]), dict(zip(block, len(block) * COLOURS))
         column = "accuracy" if metric == "accuracy" else "utility"
         for name, group in block.items():
             curves = [r["curve"]["rl"] for r in group if "rl" in r["curve"]]
             y = [mean(seeds) for seeds in zip(*(curve[column] for curve in curves))]
-            smooth = [mean(y[max(0, n - len(y) // 20):n + len(y) // 20 + 1]) for n in range(len(y))]
-            left.plot(curves[0]["step"][:len(y)] if y else [], smooth, color=colours[name])
+            left.plot(curves[0]["step"][:len(y)] if y else [], y, color=colours[name])
         for name, (values, _) in summarise(block).items():
-            right.barh(f"{name} {mean(values):.3f}", mean(values), color=colours.get(name, "0.8"))
-            right.plot(values, [f"{name} {mean(values):.3f}"] * len(values), "k.")
-        left.set(title=f"{column} in training (moving mean)", xlabel="step; colours as on the right")
+            label = f"{name} {mean(values):.3f}"
+            right.barh(label, mean(values), color=colours.get(name, "0.8"))
+            right.plot(values, [label] * len(values), "k.")
+        left.set(title=f"{column} in training", xlabel="step; colours as on the right")
         right.set(title=f"{metric} on the test lists", xlabel="dots: seeds; grey: baselines")
         right.invert_yaxis()
     figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)

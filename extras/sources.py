@@ -24,12 +24,12 @@ URL_2023 = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/"
 def read(name, cache):
     """(Dataset without splits, default split) of a set, whose files are in `cache` or downloaded to it."""
     category = AMAZON_2014.get(name) or name.partition(":")[2]
+    if not re.fullmatch("[A-Za-z0-9_]+", category):
+        raise InputError(f"--data {name}: give a category, such as amazon2023:Video_Games")
     if name in AMAZON_2014:
         reviews = fetch(f"{URL_2014}reviews_{category}_5.json.gz", cache / "amazon-2014")
         meta = fetch(f"{URL_2014}meta_{category}.json.gz", cache / "amazon-2014")
         return read_amazon(name, reviews, meta, review_2014, ast.literal_eval), "leave-one-out"
-    if not re.fullmatch("[A-Za-z0-9_]+", category):
-        raise InputError(f"--data {name}: give a category, such as amazon2023:Video_Games")
     reviews = fetch(f"{URL_2023}benchmark/5core/rating_only/{category}.csv.gz", cache / "amazon-2023")
     meta = fetch(f"{URL_2023}raw/meta_categories/meta_{category}.jsonl.gz", cache / "amazon-2023")
     return read_amazon(name, reviews, meta, review_2023, json.loads), "temporal"
@@ -41,36 +41,28 @@ def fetch(url, folder):
         return path
     import torch.hub  # here, because it takes seconds
     print(f"downloading {url}", file=sys.stderr)
+    reason = "what arrives is cut off or damaged"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for _ in range(2):  # a connection that ends early raises no error: the archive itself has to tell
             torch.hub.download_url_to_file(url, str(path))
-            if is_whole(path):
+            try:
+                with gzip.open(path) as file:
+                    while file.read(1 << 22):  # to the end, where the checksum stands
+                        pass
                 return path
-            path.unlink()
-        reason = "what arrives is cut off or damaged"
+            except (OSError, EOFError, zlib.error):
+                path.unlink()
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = error
     raise InputError(f"{url} could not be downloaded ({reason}). Put it at {path} yourself, or choose "
                      f"another folder with --cache-dir")
 
-def is_whole(path):
-    """Whether a gzip file can be read to its end, where its checksum stands."""
-    try:
-        with gzip.open(path) as f:
-            while f.read(1 << 22):
-                pass
-        return True
-    except (OSError, EOFError, zlib.error):
-        return False
-
-def review_2014(line):
-    """(user, item, time, rating) of a JSON object."""
+def review_2014(line):  # -> (user, item, time, rating)
     r = json.loads(line)
     return r["reviewerID"].strip(), r["asin"].strip(), str(r["unixReviewTime"]), str(r["overall"])
 
 def review_2023(line):
-    """(user, item, time, rating) of a line of CSV."""
     user, item, rating, time = split_fields(line, ",")
     return user, item, time, rating
 
@@ -83,7 +75,7 @@ def read_amazon(name, reviews, meta, parse_review, parse_item):
         try:
             user, item_id, *rest = parse_review(line)
         except Exception:  # of the many kinds that a broken line may raise
-            raise bad_line((reviews, number), "reviewerID, asin, unixReviewTime and overall in JSON, or "
+            raise bad_line((reviews, number), "JSON with reviewerID, asin, unixReviewTime and overall, or "
                                               "user_id,parent_asin,rating,timestamp", line) from None
         if user != "user_id":  # the header of the CSV
             items[item_id] = None

@@ -1,10 +1,10 @@
 """The toy: a synthetic beauty shop, a tiny model from nothing, and the template teachers of its cold start.
 
-Nothing is downloaded. The teachers show how to look evidence up and how to answer, but they answer badly on
-purpose: R2Rank's judges by one attribute alone, ReRec's says three times in five what came to its mind
-before it began. So the cold start teaches the form, and reinforcement learning has something to find.
+The teachers show how to look evidence up, but answer badly on purpose, so that reinforcement learning has
+something to find: R2Rank's judges by one attribute alone, ReRec's often says what it named first.
 """
 
+import itertools
 import math
 import random
 
@@ -20,25 +20,18 @@ ATTRIBUTES = {
     "kind": "cleanser cream lipstick lotion mascara mask perfume polish powder serum shampoo soap".split(),
     "scent": "almond cedar citrus coconut ginger jasmine lavender mint rose vanilla".split(),
 }
+EXERCISE = "Go through the candidates."  # the request that look_up_exercise answers
 TASTE = {"brand": 3.5, "kind": 4.5, "scent": 4.5}  # log-odds that a favourite adds to an item's being chosen
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
-
-# --- shop -------------------------------------------------------------------------------------------------
-
 def shop(seed=0, num_items=400, num_users=600):
-    """A small shop whose users have two favourite brands, kinds and scents each, and mostly buy what meets
-    several.
+    """A small shop whose users mostly buy what meets several of their favourites (two brands, kinds, scents).
 
-    60% of the users are for training (14 purchases each), 10% for validation and 30% for test (11 each);
-    the first ten are always the history. One purchase in 25 is a whim, drawn uniformly, and items differ in
-    appeal.
-    """
+    60% of the users are for training (14 purchases each), 10% for validation and 30% for test (11 each); the
+    first ten are always the history. One purchase in 25 is a whim, drawn uniformly; appeal differs."""
     rng = random.Random(f"toy/{seed}")
-    brands, kinds, scents = ATTRIBUTES.values()
-    combinations = [(b, k, s) for b in brands for k in kinds for s in scents]
-    items = {}
+    items, combinations = {}, list(itertools.product(*ATTRIBUTES.values()))
     for n, (brand, kind, scent) in enumerate(rng.sample(combinations, num_items)):
         attributes = {"brand": (brand,), "kind": (kind,), "scent": (scent,)}
         items[f"T{n:03d}"] = Item(f"T{n:03d}", f"{brand} {scent} {kind}", attributes)
@@ -62,25 +55,17 @@ def shop(seed=0, num_items=400, num_users=600):
         splits[split] += [(user, p) for p in range(10, length)]
     return Dataset("toy", items, sequences, splits, train_length)
 
-
-# --- tiny model -------------------------------------------------------------------------------------------
-
 def build_tiny(texts, seed=0, vocab_size=2000, hidden_size=192, num_layers=2, num_heads=6):
-    """(model, tokenizer): a random small Llama (1M parameters) with a byte-level BPE trained on `texts`;
-    seconds.
+    """(model, tokenizer): a random small Llama (1M parameters) with a byte-level BPE trained on `texts`.
 
-    Two choices let so small a model learn to look things up within hundreds of steps instead of thousands:
-    weights of the scale 1/sqrt(width), and key projections that start equal to the query projections, so
-    that from the start a token attends to its like. (Not a Qwen2: AutoTokenizer would put Qwen's own
-    splitting of digits in place.)
-    """
+    Two choices let it learn to look things up within hundreds of steps instead of thousands: weights of the
+    scale 1/sqrt(width), and keys that start equal to the queries, so that a token attends to its like."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    special, alphabet = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        vocab_size=vocab_size, special_tokens=special, show_progress=False, initial_alphabet=alphabet))
     bpe.add_tokens(["<answer>", "</answer>"])  # a token each, as plain text
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=special[2], pad_token=special[0])
     tokenizer.chat_template = CHATML
@@ -98,11 +83,7 @@ def build_tiny(texts, seed=0, vocab_size=2000, hidden_size=192, num_layers=2, nu
 
 @torch.no_grad()
 def add_words(model, tokenizer, words):
-    """Make each of `words` one token of a tiny model.
-
-    Its embedding starts as the sum of its pieces' (a title is alike to the words in it) and a random vector
-    (it is nothing but itself).
-    """
+    """Make each of `words` one token of a tiny model; its embedding: the sum of its pieces', and noise."""
     pieces = [tokenizer(w, add_special_tokens=False).input_ids for w in words]
     tokenizer.add_tokens(list(words))
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -114,11 +95,9 @@ def add_words(model, tokenizer, words):
 def favour_copying(model, offsets=(1, 2, 3), sharpness=5.0):
     """Start a tiny model as a copying machine: it then learns to pick from a list in hundreds of steps.
 
-    What a head attends to it hands on as it is (output = value projection transposed); the MLPs start
-    small; the first layer's first heads attend `offsets` tokens back: a bias b for the query, and b rotated
-    by the offset for the key, make their product largest there, since rotary positions turn both by their
-    position.
-    """
+    A head hands on what it attends to (output = value projection transposed); MLPs start small; the first
+    layer's first heads attend `offsets` tokens back: a bias b for the query, and b rotated by the offset for
+    the key, make their product largest there, since rotary positions turn both."""
     size = model.config.hidden_size // model.config.num_attention_heads
     base = model.config.rope_parameters["rope_theta"]
     for layer in model.model.layers:
@@ -127,8 +106,8 @@ def favour_copying(model, offsets=(1, 2, 3), sharpness=5.0):
     attention = model.model.layers[0].self_attn
     for head, offset in enumerate(offsets):
         start = head * size
-        for projection in (attention.q_proj, attention.k_proj):
-            projection.weight[start:start + size] *= 0.1
+        attention.q_proj.weight[start:start + size] *= 0.1
+        attention.k_proj.weight[start:start + size] *= 0.1
         for f in range(4):  # the fastest frequencies tell neighbours apart
             angle = torch.tensor(offset * base ** (-2 * f / size))
             attention.q_proj.bias[start + f] = sharpness
@@ -136,20 +115,13 @@ def favour_copying(model, offsets=(1, 2, 3), sharpness=5.0):
             attention.k_proj.bias[start + size // 2 + f] = sharpness * angle.sin()
 
 def prepare_for_requests(model, tokenizer, dataset):
-    """What lets a tiny model pick a title from a list: a copying machine, and each title is one token."""
+    """Let a tiny model pick a title from a list: a copying machine, and each title is one token."""
     favour_copying(model)
     add_words(model, tokenizer, dict.fromkeys(f" {shown_title(item)}" for item in dataset.items.values()))
 
-
-# --- template teachers ------------------------------------------------------------------------------------
-
 def judge_trace(history, candidate, reasoning=True):
-    """R2Rank's teacher: (response, its answer). It counts each attribute in the history, and judges by the
-    first.
-
-    Each claim repeats the attribute beside its evidence: a small model then needs one look-up for it, not
-    two.
-    """
+    """R2Rank's teacher: (response, its answer). It counts each attribute in the history, judges by the first.
+    Each claim repeats the attribute beside its evidence: a small model then needs one look-up, not two."""
     counts = {f"{name} {values[-1]}": sum(values[-1] in item.attributes.get(name, ()) for item in history)
               for name, values in candidate.attributes.items()}
     yes = bool(counts) and next(iter(counts.values())) >= max(1, round(0.2 * len(history)))
@@ -158,18 +130,15 @@ def judge_trace(history, candidate, reasoning=True):
     return (f"In the history: {evidence}.\n{answer}" if reasoning else answer), yes
 
 def answer_trace(query, rng):
-    """ReRec's teacher: a claim about the candidate that comes to mind first, then for each condition a
-    candidate that meets it and those before it; all true. It answers with the first item named, three times
-    in five, or the last.
-    """
+    """ReRec's teacher: a true claim about any candidate, then for each condition about one that meets it and
+    those before it. It answers with the first item named, three times in five, or the last."""
     conditions = list(query.conditions)
     if not conditions:  # not known: what the right items have in common
         truths = [c for c in query.candidates if c.id in query.truths]
         conditions = [f for f in attribute_pairs(truths[0]) if all(f in attribute_pairs(t) for t in truths)]
         conditions = rng.sample(conditions, min(len(conditions), max(1, query.num_conditions)))
     first = rng.choice(query.candidates)
-    lines = [_claim(pair, first) for pair in attribute_pairs(first)[:1]]
-    left, last = query.candidates, first
+    left, last, lines = query.candidates, first, [_claim(p, first) for p in attribute_pairs(first)[:1]]
     for name, wanted in conditions:
         meeting = [c for c in query.candidates if wanted in c.attributes.get(name, ())]
         if meeting:  # what no candidate shows (RecBench+: a film's actors), the teacher does not claim
@@ -191,21 +160,17 @@ def look_up_exercise(query, rng, num_claims=16):
 def _claim(pair, item):
     return f"{pair[0].replace('_', ' ')} {pair[1]} {shown_title(item)}"
 
-
-# --- what the tokenizer of a tiny model is trained on -----------------------------------------------------
-
 def ranking_texts(example, dataset):
-    """The catalogue, and what R2Rank's prompts and traces are made of."""
+    """What the tokenizer of a tiny model is trained on: catalogue, R2Rank's prompts and traces."""
     import r2r
     frame = [r2r.SYSTEM, r2r.QUESTION, r2r.QUESTION_WITHOUT_REASONING,
              "The user's history, oldest first:\n- ", "\nCandidate: "]
     return dataset.texts() + frame * 3 + [judge_trace(example.history, c)[0] for c in dataset.items.values()]
 
 def request_texts(source, dataset, args):
-    """The catalogue, requests and ReRec's traces."""
+    """The same of ReRec."""
     import rerec
     rng, queries = random.Random(args.seed), source.draw("train", 400)
-    frame = [rerec.SYSTEM, "Go through the candidates.",
-             "My history, oldest first:\n- Request: \nCandidates:\n- "]
-    traces = [answer_trace(q, rng) for q in queries]
-    return dataset.texts() + [q.text for q in queries] + traces + frame * 3
+    frame = [rerec.SYSTEM, EXERCISE, "My history, oldest first:\n- Request: \nCandidates:\n- "]
+    texts = [q.text for q in queries] + [answer_trace(q, rng) for q in queries]
+    return dataset.texts() + texts + frame * 3

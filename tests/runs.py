@@ -6,7 +6,6 @@ its input is a job: a function of a test module, its arguments, in how many proc
 
 import contextlib
 import functools
-import glob
 import importlib
 import io
 import json
@@ -31,33 +30,27 @@ from extras.flags import parse_train_flags, run_main
 ROOT = Path(__file__).parent.parent
 SMALL = ["--sft-steps", "3", "--steps", "3", "--batch-lists", "2", "--group-size", "2", "--eval-lists", "4",
          "--num-candidates", "6", "--max-new-tokens", "12", "--save-every", "2"]
-METHODS = {"r2rank": SMALL, "rerec": [*SMALL, "--method", "rerec", "--num-queries", "6",
-                                      "--reward-weights", "0.01,0"]}  # 0: no LightGCN, which takes seconds
+METHODS = {"r2rank": SMALL,  # without LightGCN, which takes seconds:
+           "rerec": [*SMALL, "--method", "rerec", "--num-queries", "6", "--reward-weights", "0.01,0"]}
 SHOP = functools.cache(toy.shop)  # half a second each time
 
-
-# --- in this process ------------------------------------------------------------------------------------
-
-
 def main(*flags, parse=parse_train_flags, run=train.main):
-    """train.py, or another command."""
+    """train.py, or another command, in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toy, "shop", SHOP)
         run(parse([str(f) for f in flags]))
 
-
 def run_train(*flags, command=main):
-    """main; returns what it printed."""
+    """Returns what it printed."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
         command(*flags)
     return out.getvalue()
 
-
 def run_with_states(out, *flags):
     """The same; returns what it printed, and copies of the directory at each of its states."""
-    states, save = {}, train.Run.save
+    states = {}
 
-    def save_aside(run, stage, step, optimizer):
+    def save_aside(run, stage, step, optimizer, save=train.Run.save):
         save(run, stage, step, optimizer)
         states[stage, step] = shutil.copytree(out, out.with_name(f"{out.name}-{stage}-{step}"))
 
@@ -65,9 +58,7 @@ def run_with_states(out, *flags):
         patch.setattr(train.Run, "save", save_aside)
         return run_train(*flags, "--out", out), states
 
-
 RUNS = {}  # the small run of each method, made once
-
 
 def small_run(method, factory):
     if method not in RUNS:
@@ -76,39 +67,30 @@ def small_run(method, factory):
         RUNS[method] = SimpleNamespace(folder=folder, printed=printed, states=states)
     return RUNS[method]
 
-
 @pytest.fixture(params=METHODS)
 def small(request, tmp_path_factory):
     return small_run(request.param, tmp_path_factory)
-
 
 def metrics(folder):
     """The rows of metrics.jsonl, without the times."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
 
-
 def same(a, b):
-    """Two runs left the same, to the last bit; only times may differ."""
+    """Both runs left the same, to the last bit; only times may differ."""
     assert {p.name for p in a.iterdir()} == {p.name for p in b.iterdir()} and metrics(a) == metrics(b)
     for path in [a / "eval.json", *(a / "checkpoint").iterdir()]:
         if path.name != "tokenizer_config.json":  # transformers notes there where it came from
             assert path.read_bytes() == (b / path.relative_to(a)).read_bytes(), path
 
-
 def refusal(capsys, *flags, command=main):
-    """The last line on stderr of a command that ends with exit code 2."""
+    """The one error line of a command that ends with exit code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         run_main(lambda: command(*flags))
     assert ended.value.code == 2
-    lines = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()
-    assert "error: " in lines[-1] and sum("error" in line for line in lines) == 1
-    return lines[-1]
-
-
-# --- forked ---------------------------------------------------------------------------------------------
-
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "error" in line)
+    return line
 
 def start(job, rank):
     """Fork one process of a job: module.function(*arguments), as train.py would run it. Returns its id."""
@@ -132,31 +114,27 @@ def start(job, rank):
     sys.stderr.flush()
     os._exit(code)
 
-
 def watch(job, pids):
     """Their exit codes. Those in job.ranks are killed after job.seconds, or once job.pattern is there."""
-    codes, begun, due = {}, time.time(), bool(job.ranks)
+    codes, begun = {}, time.time()
     while len(codes) < len(pids):
         for pid in set(pids) - set(codes):
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 codes[pid] = os.waitstatus_to_exitcode(status)
         over, chosen = time.time() - begun, []
-        if due and (over > job.seconds or job.pattern and glob.glob(job.pattern)):
-            chosen, due = [pids[rank] for rank in job.ranks], False
-        elif over > 300:  # a safety net
+        if over > job.seconds or job.pattern and os.path.exists(job.pattern):
+            chosen = [pids[rank] for rank in job.ranks]
+        if over > 300:  # a safety net
             chosen = pids
         for pid in set(chosen) - set(codes):
             os.kill(pid, signal.SIGKILL)
         time.sleep(0.002)
     return [codes[pid] for pid in pids]
 
-
 @pytest.fixture(scope="module")
 def fork(tmp_path_factory):
     """fork(function, *arguments, ...): exit codes of `world` processes, and what they wrote."""
-    if not hasattr(os, "fork"):
-        pytest.skip("needs fork")
     log = tmp_path_factory.mktemp("log")
     settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -175,9 +153,7 @@ def fork(tmp_path_factory):
         return codes, [[(log / f"{n}.{name}").read_text() for name in ("out", "err")] for n in range(world)]
 
     yield run
-    process.stdin.close()
-    process.wait(timeout=300)
-
+    process.communicate(timeout=300)
 
 if __name__ == "__main__":
     importlib.import_module("runs").SHOP(0)  # the processes find it made, and transformers imported

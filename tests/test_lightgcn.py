@@ -9,7 +9,6 @@ from rewards import LightGCN, fit_lightgcn
 # Two duplicates; user 2 and items 3 and 4 have no edge.
 PAIRS = torch.tensor([[0, 0], [0, 1], [1, 1], [1, 2], [1, 1], [3, 0], [0, 0]])
 
-
 def dense_propagation(weight, num_users, num_items, pairs, layers):
     """(A_hat^0 + … + A_hat^L) E0 / (L + 1) by loops and dense matrices."""
     A = torch.zeros(num_users + num_items, num_users + num_items, dtype=weight.dtype)
@@ -17,7 +16,6 @@ def dense_propagation(weight, num_users, num_items, pairs, layers):
         A[u, num_users + i] = A[num_users + i, u] = 1
     D = torch.diag(torch.where(A.sum(1) > 0, A.sum(1).rsqrt(), 0))
     return sum(torch.matrix_power(D @ A @ D, n) @ weight for n in range(layers + 1)) / (layers + 1)
-
 
 @pytest.mark.parametrize("layers", [0, 1, 3])
 def test_propagation_and_its_gradient_are_those_of_the_dense_matrix(layers):
@@ -29,24 +27,6 @@ def test_propagation_and_its_gradient_are_those_of_the_dense_matrix(layers):
     (found * direction).sum().backward()
     (expected * direction).sum().backward()
     torch.testing.assert_close(model.embedding.grad, weight.grad)
-
-
-def blocks():
-    """20 users and 20 items in two blocks; each user has 6 of the 10 items of the block."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.tensor([(u, 10 * (u // 10) + i) for u in range(20)
-                         for i in torch.randperm(10, generator=generator)[:6].tolist()])
-
-
-def test_bpr_ranks_unseen_items_of_a_users_block_higher():
-    pairs = blocks()
-    users, items = fit_lightgcn(20, 20, pairs, dim=8, layers=2, epochs=60, batch_size=64).propagate()
-    scores = users @ items.T  # (20, 20)
-    same = torch.arange(20)[:, None] // 10 == torch.arange(20) // 10
-    unseen = same.clone()
-    unseen[pairs[:, 0], pairs[:, 1]] = False
-    assert (scores.masked_fill(~unseen, 99).amin(1) > scores.masked_fill(same, -99).amax(1)).all()
-
 
 def test_bpr_and_its_regulariser_step_by_step():
     """Each user has all items but one, the negative: then the steps of Adam can be written down."""
@@ -67,15 +47,21 @@ def test_bpr_and_its_regulariser_step_by_step():
         optimizer.step()
     torch.testing.assert_close(fit(20), weight.detach().float(), atol=1e-4, rtol=1e-4)
 
+def test_a_pair_counts_once_and_seed_and_stop_decide():
+    pairs = torch.tensor([(u, (7 * u + i * i) % 20) for u in range(20) for i in range(5)])
+    state = torch.get_rng_state()
 
-def test_a_pair_counts_once_and_the_seed_decides():
-    pairs, state = blocks(), torch.get_rng_state()
-    again = (pairs, torch.cat([pairs, pairs[:30]]), pairs.flip(0))
-    first, *same = (fit_lightgcn(20, 20, p, dim=8, epochs=3, seed=1).embedding for p in again)
-    assert all(torch.equal(first, other) for other in same)
-    assert not torch.equal(first, fit_lightgcn(20, 20, pairs, dim=8, epochs=3, seed=2).embedding)
+    def fit(pairs=pairs, **options):
+        return fit_lightgcn(20, 20, pairs, dim=8, **({"epochs": 3, "seed": 1} | options)).embedding
+
+    first = fit()
+    same = (fit(torch.cat([pairs, pairs[:30]])), fit(pairs.flip(0)),
+            fit(epochs=50, stop=lambda model, epoch: epoch == 3))
+    assert all(torch.equal(first, other) for other in same) and not torch.equal(first, fit(seed=2))
     assert torch.equal(torch.get_rng_state(), state)
-
+    for useless in (torch.tensor([[0, 0], [0, 1]]), torch.zeros(0, 2, dtype=torch.long)):
+        with pytest.raises(InputError, match="at least one"):
+            fit_lightgcn(2, 2, useless)
 
 def test_no_negative_is_an_item_that_the_user_has():
     """With one item left to a user, every negative is that item; who has everything is skipped."""
@@ -86,15 +72,3 @@ def test_no_negative_is_an_item_that_the_user_has():
     for u in range(3):
         assert (scores[u] > scores[u, u])[torch.arange(4) != u].all()
     assert torch.equal(fitted.embedding[3], start.embedding[3])
-
-
-def test_stop_ends_training_after_that_epoch():
-    stopped = fit_lightgcn(20, 20, blocks(), dim=4, epochs=50, stop=lambda model, epoch: epoch == 3)
-    short = fit_lightgcn(20, 20, blocks(), dim=4, epochs=3)
-    assert torch.equal(stopped.embedding, short.embedding) and not stopped.training
-
-
-@pytest.mark.parametrize("pairs", [torch.tensor([[0, 0], [0, 1]]), torch.zeros(0, 2, dtype=torch.long)])
-def test_pairs_with_nothing_to_learn_are_an_error(pairs):
-    with pytest.raises(InputError, match="at least one"):
-        fit_lightgcn(2, 2, pairs)

@@ -1,14 +1,12 @@
 """Several processes: the numbers of one, whatever falls to each; none waits for ever. And the optimizer."""
 
-import io
+import copy
 import json
 import math
 import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,39 +15,21 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 import policy
 import train
-from data import InputError
 from extras import models, parallel
 from extras.flags import parse_train_flags
 from extras.parallel import Optimizer
-from runs import METHODS, ROOT, fork, main, metrics, same  # noqa: F401
+from runs import METHODS, fork, main, metrics, same  # noqa: F401
 
 MORE = ["--kl-coef", "0.1", "--ppo-epochs", "2", "--batch-lists", "3", "--group-size", "3"]
 
-
-# --- what the processes run -----------------------------------------------------------------------------
-
-
 def main_stopped_after_rl_step_2(*flags):
-    save = train.Run.save
-
-    def save_and_stop(run, stage, step, optimizer):
+    def save_and_stop(run, stage, step, optimizer, save=train.Run.save):
         save(run, stage, step, optimizer)
         if (stage, step) == ("rl", 2):
             os._exit(9)
 
     train.Run.save = save_and_stop
     main(*flags)
-
-
-def main_failing_in_process_1(*flags):
-    def failing(*args, micro_batches=policy.micro_batches):
-        if parallel.rank() == 1:
-            raise InputError("a bad line")
-        return micro_batches(*args)
-
-    policy.micro_batches = failing
-    main(*flags)
-
 
 def main_with_fixed_responses(path, *flags):
     """A run whose responses follow from their prompts alone; keeps gradients and weights of each update."""
@@ -82,7 +62,6 @@ def main_with_fixed_responses(path, *flags):
     main(*flags)
     torch.save([u for u in updates if u[1]], f"{path}.{parallel.rank()}")
 
-
 def sums_and_shares(path):
     """Four parameters: a gradient in both processes, in one, in the other, in none."""
     parallel.start_processes(parse_train_flags(["--device", "cpu"]))
@@ -95,14 +74,9 @@ def sums_and_shares(path):
     found = [optimizer.step(), shares, [parallel.gather(s) for s in shares], optimizer.sum({"n": rank + 1})]
     Path(f"{path}.{rank}").write_text(json.dumps(found))
 
-
-# --- the numbers of one process -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("method, more", [
-    ("r2rank", ""), ("r2rank", "--sft-steps 0 --warmup-steps 0"), ("rerec", ""),
-    ("r2rank", "--no-reasoning --kl-coef 0 --batch-lists 1 --eval-lists 1"),
-    ("rerec", "--sft-steps 0 --kl-coef 0 --batch-lists 1")])
+    ("r2rank", ""), ("r2rank", "--sft-steps 0 --warmup-steps 0 --batch-lists 1 --eval-lists 1"),
+    ("rerec", ""), ("rerec", "--sft-steps 0 --kl-coef 0 --batch-lists 1")])
 def test_two_processes_compute_what_one_does(fork, tmp_path, method, more):
     """Also where a step has fewer lists than there are processes."""
     for n in (1, 2):
@@ -115,7 +89,7 @@ def test_two_processes_compute_what_one_does(fork, tmp_path, method, more):
         assert a.pop("clipped", 0) == pytest.approx(b.pop("clipped", 0), abs=0.02)
         assert a.pop("utility", None) == pytest.approx(b.pop("utility", None), abs=1e-3)
         assert a == pytest.approx(b, abs=2e-4, rel=2e-3)
-    one, two, other = (torch.load(tmp_path / f"u{n}.{rank}") for n, rank in ((1, 0), (2, 0), (2, 1)))
+    one, two, other = (torch.load(tmp_path / name) for name in ("u1.0", "u2.0", "u2.1"))
     assert len(one) == len(two) == len(other) >= 3
     for (_, first), (_, second) in zip(two, other):  # the processes stay together, to the last bit
         assert all(torch.equal(a, b) for a, b in zip(first, second))
@@ -127,7 +101,6 @@ def test_two_processes_compute_what_one_does(fork, tmp_path, method, more):
             # the head's last bias shifts all scores alike: its gradient is rounding, which Adam makes a step
             assert n or w.shape == (1,) or torch.allclose(w, v, atol=2e-5, rtol=0)
 
-
 def test_sums_and_shares(fork, tmp_path):
     codes, printed = fork("test_parallel.sums_and_shares", tmp_path / "found", world=2)
     assert codes == [0, 0], printed
@@ -138,22 +111,13 @@ def test_sums_and_shares(fork, tmp_path):
     for n, (a, b) in enumerate(zip(found[0][1], found[1][1])):
         assert a + b == list(range(n)) and abs(len(a) - len(b)) <= 1
 
-
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_of_two_processes_goes_on(fork, tmp_path, method):
-    """As if it had not been stopped; also begun by torchrun, also in one process, which samples anew."""
-    flags, out = [*METHODS[method], *MORE], tmp_path / "r"
-    if method == "r2rank":
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command = [*torchrun, ROOT / "train.py", *flags, "--out", tmp_path / "whole"]
-        done = subprocess.run(command, text=True, capture_output=True, timeout=300,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0 and done.stdout.count("run directory:") == 1, done.stderr
-    else:
-        assert fork("runs.main", *flags, "--out", tmp_path / "whole", world=2)[0] == [0, 0]
+    """As if it had not been stopped; also in one process, which samples anew."""
+    flags, out, alone = [*METHODS[method], *MORE], tmp_path / "r", tmp_path / "alone"
+    assert fork("runs.main", *flags, "--out", tmp_path / "whole", world=2)[0] == [0, 0]
     stopped = fork("test_parallel.main_stopped_after_rl_step_2", *flags, "--out", out, world=2)
     assert stopped[0] == [9, 9], stopped
-    alone = tmp_path / "alone"
     shutil.copytree(out, alone)
     for folder, world in ((out, 2), (alone, 1)):
         codes, printed = fork("runs.main", "--resume", folder, world=world)
@@ -161,22 +125,11 @@ def test_a_run_of_two_processes_goes_on(fork, tmp_path, method):
     same(tmp_path / "whole", out)
     assert [r["step"] for r in metrics(alone)] == [r["step"] for r in metrics(out)]
 
-
 @pytest.mark.parametrize("gone", [0, 1])
 def test_a_process_that_dies_ends_the_other(fork, tmp_path, gone):
     flags = [*METHODS["r2rank"], "--sft-steps", "4000", "--out", tmp_path / "r"]
     codes, printed = fork("runs.main", *flags, world=2, ranks=[gone], pattern=tmp_path / "r/state.pt")
     assert codes[gone] == -9 and codes[1 - gone] > 0, printed  # below 0: it waited until it was killed
-
-
-def test_an_error_in_one_process_ends_the_other(fork, tmp_path):
-    flags = [*METHODS["r2rank"], "--out", tmp_path / "r"]
-    codes, printed = fork("test_parallel.main_failing_in_process_1", *flags, world=2)
-    assert codes[1] == 2 and codes[0] > 0 and "error: a bad line" in printed[1][1], printed
-
-
-# --- optimizer ------------------------------------------------------------------------------------------
-
 
 def test_bfloat16_weights_learn_by_steps_below_their_resolution():
     """1000 steps of 1e-5 move a weight of 1.0 by 1e-2; each alone would be rounded away."""
@@ -184,10 +137,8 @@ def test_bfloat16_weights_learn_by_steps_below_their_resolution():
     optimizer = Optimizer([([weight], 1e-5)])
     for _ in range(1000):
         weight.sum().backward()
-        weight.sum().backward()  # adds up
         optimizer.step()
     torch.testing.assert_close(weight.float(), torch.full((4,), 0.99), atol=3e-3, rtol=0)
-
 
 def test_each_group_steps_by_its_rate_and_its_share():
     """Under a constant gradient AdamW moves a weight by the rate; weights are not decayed."""
@@ -199,41 +150,31 @@ def test_each_group_steps_by_its_rate_and_its_share():
         torch.testing.assert_close(1 - a.detach(), torch.full((2,), moved * 1e-2), rtol=1e-3, atol=0)
         torch.testing.assert_close(1 - b.detach(), torch.full((2,), moved * 1e-3), rtol=1e-3, atol=0)
 
-
-def test_the_norm_of_all_gradients_is_clipped():
+def test_the_norm_of_all_gradients_is_clipped_and_one_not_finite_changes_nothing():
     a, b = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
     optimizer = Optimizer([([a], 1e-3), ([b], 1e-3)])
+    (a.sum() * math.nan + b.sum()).backward()
+    assert not math.isfinite(optimizer.step()) and a.grad is b.grad is None and not (a.any() or b.any())
     (3 * a.sum() + 4 * b.sum()).backward()
     assert optimizer.step() == pytest.approx((2 * 9 + 2 * 16) ** 0.5)
     moments = torch.cat([s["exp_avg"] for s in optimizer.adamw.state.values()])
     assert moments.norm().item() == pytest.approx(0.1, rel=1e-4)  # (1 - beta) times a gradient of norm 1
 
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_optimizer_goes_on_where_it_was(dtype):
     def fresh():
-        torch.manual_seed(0)
         layer = torch.nn.Linear(8, 8).to(dtype)
         return layer, Optimizer([(layer.parameters(), 1e-2)])
 
-    def steps(layer, optimizer, numbers):
-        for n in numbers:
+    def steps(layer, optimizer):
+        for n in range(3):
             (layer(torch.full((2, 8), float(n), dtype=dtype)).float()**2).sum().backward()
             optimizer.step()
 
     (layer, optimizer), (other, resumed) = fresh(), fresh()
-    steps(layer, optimizer, range(3))
+    steps(layer, optimizer)
     other.load_state_dict(layer.state_dict())
-    torch.save(optimizer.state_dict(), saved := io.BytesIO())
-    resumed.load_state_dict(torch.load(io.BytesIO(saved.getvalue()), weights_only=True))
-    steps(layer, optimizer, range(3, 6))
-    steps(other, resumed, range(3, 6))
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    steps(layer, optimizer)
+    steps(other, resumed)
     assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), other.parameters()))
-
-
-def test_a_gradient_that_is_not_finite_changes_nothing():
-    layer = torch.nn.Linear(4, 4)
-    optimizer, before = Optimizer([(layer.parameters(), 1.0)]), [p.clone() for p in layer.parameters()]
-    (layer(torch.ones(1, 4)).sum() * math.nan).backward()
-    assert not math.isfinite(optimizer.step()) and all(p.grad is None for p in layer.parameters())
-    assert all(torch.equal(a, b) for a, b in zip(before, layer.parameters()))

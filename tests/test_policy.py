@@ -11,7 +11,7 @@ import policy
 import r2r
 from data import InputError
 from extras.models import checkpoint_activations
-
+from steps import close, plain_row
 
 @pytest.fixture(scope="module")
 def rollout(model_and_tokenizer, toy):
@@ -26,53 +26,21 @@ def rollout(model_and_tokenizer, toy):
     assert len(set(map(len, found.prefixes))) == 2 and len(set(map(len, found.suffixes))) > 1
     return found
 
+WEIGHTS = torch.linspace(-1, 1, 10)  # of each row: a gradient sent to the wrong row does not go unnoticed
 
-def plain(model, rollout, n, temperature=1.0):
-    """The independent computation: row n alone, no cache, no padding, the model's own logits.
-
-    Returns the log-probabilities (T,), the entropy of each token's distribution (T,), the last state (D,).
-    """
-    start = rollout.prefixes[rollout.owner[n]] + rollout.suffixes[n]
-    ids = torch.tensor([start + rollout.responses[n]])
-    out = model(ids, output_hidden_states=True)
-    logprobs = (out.logits[0].float() / temperature).log_softmax(-1)[len(start) - 1:-1]
-    entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return logprobs[torch.arange(len(logprobs)), ids[0, len(start):]], entropy, out.hidden_states[-1][0, -1]
-
-
-def stop_checkpointing(model):
-    (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
-
-
-def gradients(model):
+def gradients(model, rollout, size=None):
+    """Of all that is computed of the rows: in micro-batches, or (no size) by each row's plain forward."""
+    model.zero_grad()
+    batches = (([n], *plain_row(model, rollout, n)) for n in range(10))
+    if size:
+        found = policy.micro_batches(model, rollout, size, entropy=True)
+        batches = ((rows, logprobs, hidden, entropy) for rows, logprobs, _, hidden, entropy in found)
+    for rows, logprobs, hidden, entropy in batches:
+        (WEIGHTS[rows] * (logprobs.sum(-1) + entropy.sum(-1) + hidden.tanh().sum(-1))).sum().backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-def scale(rollout):
-    """A weight for each row: a gradient sent to the wrong row does not go unnoticed."""
-    return torch.linspace(-1, 1, len(rollout.owner))
-
-
-def plain_gradients(model, rollout):
-    model.zero_grad()
-    for n, weight in enumerate(scale(rollout)):
-        logprobs, entropy, hidden = plain(model, rollout, n)
-        (weight * (logprobs.sum() + entropy.sum() + hidden.tanh().sum())).backward()
-    want = gradients(model)
-    model.zero_grad()
-    return want
-
-
-def micro_batch_gradients(model, rollout, size):
-    model.zero_grad()
-    for rows, logprobs, mask, hidden, entropy in policy.micro_batches(model, rollout, size, entropy=True):
-        found = logprobs.sum(-1) + entropy.sum(-1) + hidden.tanh().sum(-1)
-        (scale(rollout)[rows] * found).sum().backward()
-    return gradients(model)
-
-
 # --- prompts as ids ---
-
 
 def test_prefix_and_suffix_join_to_the_chat_prompt(tokenizer, toy):
     e = toy.examples("test", 1)[0]
@@ -83,7 +51,6 @@ def test_prefix_and_suffix_join_to_the_chat_prompt(tokenizer, toy):
     assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
     assert all(h.title in text for h in e.history) and f"Candidate: {e.candidates[3].title}" in text
 
-
 def test_special_tokens_in_item_text_stay_text(tokenizer):
     prompt = policy.encode_prompt(tokenizer, "s", "a <|im_end|> b", ["c <|im_start|>assistant"])
     end, start = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"])
@@ -91,62 +58,46 @@ def test_special_tokens_in_item_text_stay_text(tokenizer):
     assert prompt.suffix_ids[0].count(start) == 1  # the assistant header's
     assert "<|im_end|> b" in tokenizer.decode(prompt.prefix_ids)
 
+LOOP = ("{%% for m in messages %%}{%% if m.role == 'system' %%}%s{%% else %%}"
+        "<u>{{ m.content }}</u>{%% endif %%}{%% endfor %%}")
 
-def test_a_base_model_gets_plain_text(model, tokenizer):
+@pytest.mark.parametrize("template, wanted", [
+    (None, "Judge.\n\nHistory: %s\n\n"),  # a base model
+    (LOOP % "", "<u>Judge.\n\nHistory: %s</u>"),  # drops the system message without a word
+    (LOOP % "{{ raise_exception('no system role') }}", "<u>Judge.\n\nHistory: %s</u>")])
+def test_the_instruction_survives_any_template(tokenizer, template, wanted):
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = None
-    prompt = policy.encode_prompt(tokenizer, "Judge.", "History", [" A", " B"])
-    assert [tokenizer.decode(prompt.prefix_ids + s) for s in prompt.suffix_ids] == [
-        "Judge.\n\nHistory A\n\n", "Judge.\n\nHistory B\n\n"]
-    assert policy.stop_ids(model, tokenizer)[0] == tokenizer.eos_token_id
+    tokenizer.chat_template = template
+    prompt = policy.encode_prompt(tokenizer, "Judge.", "History: ", ["A", "B"])
+    for candidate, suffix in zip("AB", prompt.suffix_ids):
+        assert tokenizer.decode(prompt.prefix_ids + suffix) == wanted % candidate
 
-
-@pytest.mark.parametrize("system", ["", "{{ raise_exception('System role not supported') }}"])
-def test_the_instruction_survives_templates_without_a_system_role(tokenizer, system):
-    """One drops the system message without a word, one refuses it."""
+def test_a_template_that_writes_the_date_gets_the_recorded_one(model, tokenizer, tmp_path):
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = ("{% for m in messages %}{% if m.role == 'system' %}" + system +
-                               "{% else %}<u>{{ m.content | trim }}</u>{% endif %}{% endfor %}")
-    prompt = policy.encode_prompt(tokenizer, "Judge it.", "History: ", ["soap"])
-    assert tokenizer.decode(prompt.prefix_ids + prompt.suffix_ids[0]) == "<u>Judge it.\n\nHistory: soap</u>"
-
-
-@pytest.mark.parametrize("expression", ["strftime_now('%d %b %Y')", "date_string"])
-def test_a_template_that_writes_the_date_gets_the_recorded_one(model, tokenizer, tmp_path, expression):
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = "{{ " + expression + " }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.chat_template = ("{{ strftime_now('%d %b %Y') }}, {{ date_string }}: "
+                               "{% for m in messages %}{{ m.content }}{% endfor %}")
     tokenizer.init_kwargs["prompt_date"] = "2001-02-03"
-    prompt = policy.encode_prompt(tokenizer, "Judge.", "History", ["soap"])
-    assert tokenizer.decode(prompt.prefix_ids) == "03 Feb 2001Judge.History"
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    again = policy.load(str(tmp_path))[1]
-    assert again.init_kwargs["prompt_date"] == "2001-02-03"
-    assert policy.encode_prompt(again, "Judge.", "History", ["soap"]) == prompt
-
+    for some in (tokenizer, policy.load(str(tmp_path))[1]):
+        prefix = policy.encode_prompt(some, "Judge.", "History", ["soap"]).prefix_ids
+        assert some.decode(prefix) == "03 Feb 2001, 03 Feb 2001: Judge.History"
 
 def test_stop_ids_takes_one_id_a_list_or_none(model, tokenizer, monkeypatch):
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     for published, want in ((None, [end]), (end, [end]), ([7, end], [end, 7])):
         monkeypatch.setattr(model.generation_config, "eos_token_id", published)
         assert policy.stop_ids(model, tokenizer) == want
-    endless = copy.deepcopy(tokenizer)
-    endless.chat_template = endless.eos_token = None
-    monkeypatch.setattr(model.config, "eos_token_id", None)
-    monkeypatch.setattr(model.generation_config, "eos_token_id", None)
-    with pytest.raises(InputError, match="no end-of-sequence token"):
-        policy.stop_ids(model, endless)
 
 
 # --- scoring ---
-
 
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_scores_are_the_plain_forwards(model, rollout, share, temperature, monkeypatch):
     """Row by row: neither padding nor the company of other rows and lists changes anything."""
     monkeypatch.setattr(policy, "SHARE_PREFIX", share)
-    want = [plain(model, rollout, n, temperature) for n in range(10)]
+    want = [plain_row(model, rollout, n, temperature) for n in range(10)]
     for size in (1, 3, 100):
         together, states = policy.all_logprobs(model, rollout, size, temperature)
         for rows, *found in policy.micro_batches(model, rollout, size, temperature, entropy=True):
@@ -154,78 +105,36 @@ def test_scores_are_the_plain_forwards(model, rollout, share, temperature, monke
                 T = len(rollout.responses[n])
                 assert mask.tolist() == [True] * T + [False] * (len(mask) - T)
                 assert (logprobs[T:] == 0).all() and (together[n, T:] == 0).all()
-                torch.testing.assert_close((logprobs[:T], entropy[:T], hidden), want[n], atol=1e-5, rtol=1e-5)
-                torch.testing.assert_close((together[n, :T], states[n]), want[n][::2], atol=1e-5, rtol=1e-5)
-
+                torch.testing.assert_close((logprobs[:T], hidden, entropy[:T]), want[n], atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close((together[n, :T], states[n]), want[n][:2], atol=1e-5, rtol=1e-5)
 
 @pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("size", [1, 3, 100])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_equal_the_plain_backward(model, rollout, share, size, checkpointing, monkeypatch):
+def test_gradients_equal_the_plain_backward(model, rollout, share, checkpointing, monkeypatch):
     """Through rows and prefixes, whatever the micro-batch; the cache survives gradient checkpointing."""
     monkeypatch.setattr(policy, "SHARE_PREFIX", share)
-    want = plain_gradients(model, rollout)
+    want, model = gradients(model, rollout), copy.deepcopy(model)
     if checkpointing:
-        checkpoint_activations(model)
-        model.train()
-    try:
-        got = micro_batch_gradients(model, rollout, size)
-    finally:
-        stop_checkpointing(model)
-    assert (got - want).norm() < 1e-5 * want.norm() and want.norm() > 1
-
-
-def test_a_choice_of_rows_comes_once_each_and_alone(model, rollout):
-    batches = list(policy.micro_batches(model, rollout, 3, rows=[7, 2, 9, 3]))
-    assert sorted(n for batch, *_ in batches for n in batch) == [2, 3, 7, 9]
-    whole = policy.all_logprobs(model, rollout)[0]
-    for batch, logprobs, mask, hidden in batches:
-        torch.testing.assert_close(logprobs, whole[batch][:, :mask.shape[1]], atol=1e-5, rtol=0)
-
-
-def test_token_logprobs_is_differentiable_through_the_prefix(model, rollout):
-    results = []
-    for share in (True, False):
-        model.zero_grad()
-        found = policy.token_logprobs(model, rollout.prefixes[0], rollout.suffixes[:5], rollout.responses[:5],
-                                      share_prefix=share)
-        found[0].sum().backward()
-        results.append((*found, gradients(model)))
-    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
-
+        checkpoint_activations(model.train())
+    for size in (1, 3, 100):
+        assert close(gradients(model, rollout, size), want) and want.norm() > 1
 
 def test_chunks_of_logits_change_nothing(model, rollout, monkeypatch):
     results = []
     for elements in (2**24, 3 * model.config.vocab_size):  # all at once; three rows of logits at a time
         monkeypatch.setattr(policy, "CHUNK_ELEMENTS", elements)
-        results.append((micro_batch_gradients(model, rollout, 100), *policy.all_logprobs(model, rollout)))
+        results.append((gradients(model, rollout, 100), *policy.all_logprobs(model, rollout)))
     torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
-
 
 def test_an_empty_response_reads_the_prompts_last_token(model, rollout):
     empty = policy.Rollout(rollout.prompts, 1)
     logprobs, hidden = policy.all_logprobs(model, empty)
     assert logprobs.shape == (10, 0)
-    want = torch.stack([plain(model, empty, n)[2] for n in range(10)])
+    want = torch.stack([plain_row(model, empty, n)[1] for n in range(10)])
     torch.testing.assert_close(hidden, want, atol=1e-5, rtol=1e-5)
 
 
-def test_by_list_cuts_rows_into_lists_candidates_and_samples():
-    prompts = [policy.Prompt([1], [[2], [3]]), policy.Prompt([4], [[5]])]
-    first, second = policy.Rollout(prompts, 3).by_list(torch.arange(9))
-    assert first.tolist() == [[0, 1, 2], [3, 4, 5]] and second.tolist() == [[6, 7, 8]]
-
-
 # --- sampling ---
-
-
-def test_sharing_the_prefix_gives_the_same_tokens(model, tokenizer, rollout, monkeypatch):
-    shared = policy.sample_rows(model, tokenizer, rollout.prompts, 3, policy.Sampling(12))
-    monkeypatch.setattr(policy, "SHARE_PREFIX", False)
-    torch.manual_seed(0)  # as this test began
-    alone = policy.sample_rows(model, tokenizer, rollout.prompts, 3, policy.Sampling(12))
-    assert shared.responses == alone.responses and len(alone.responses) == 30
-
 
 def test_greedy_sampling_is_the_argmax_of_the_plain_forward(model, tokenizer, rollout):
     prefix, suffixes = rollout.prefixes[0], rollout.suffixes[:5]
@@ -235,44 +144,29 @@ def test_greedy_sampling_is_the_argmax_of_the_plain_forward(model, tokenizer, ro
             ids = torch.tensor([prefix + suffix + response[:t]])
             assert model(ids).logits[0, -1].argmax().item() == token
 
-
-@pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("max_rows", [1, 320])
-def test_what_is_sampled_is_what_is_scored(model, tokenizer, rollout, share, max_rows, monkeypatch):
+def test_what_is_sampled_is_what_is_scored(model, tokenizer, rollout, max_rows, monkeypatch):
     """Lists in one `generate` call or in two; responses of all lengths; each ends with its first stop."""
-    monkeypatch.setattr(policy, "SHARE_PREFIX", share)
     monkeypatch.setattr(policy, "MAX_ROWS", max_rows)
     stops = list(range(0, len(tokenizer), 5))  # some end soon, some do not
     monkeypatch.setattr(policy, "stop_ids", lambda *_: stops)
     sampled = policy.sample_rows(model, tokenizer, rollout.prompts, 3, policy.Sampling(7))
     assert {1, 2, 3, 7} <= {len(r) for r in sampled.responses}
+    monkeypatch.setattr(policy, "SHARE_PREFIX", False)
+    torch.manual_seed(0)  # as this test began
+    alone = policy.sample_rows(model, tokenizer, rollout.prompts, 3, policy.Sampling(7))
+    assert alone.responses == sampled.responses
     logprobs, _ = policy.all_logprobs(model, sampled)
     for n, response in enumerate(sampled.responses):
         assert not any(token in stops for token in response[:-1])
         assert len(response) == 7 or response[-1] in stops
-        want, _, hidden = plain(model, sampled, n)
+        want, hidden, _ = plain_row(model, sampled, n)
         torch.testing.assert_close(sampled.hidden[n], hidden, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(logprobs[n, :len(response)], want, atol=1e-5, rtol=0)
-
-
-def test_the_order_of_the_candidates_changes_no_bit(model, tokenizer, rollout):
-    results = []
-    for order in ([0, 1, 2, 3, 4], [3, 0, 4, 2, 1]):
-        prompts = [policy.Prompt(p.prefix_ids, [p.suffix_ids[i] for i in order]) for p in rollout.prompts]
-        torch.manual_seed(0)
-        sampled = policy.sample_rows(model, tokenizer, prompts, 2, policy.Sampling(8))
-        logprobs, hidden = policy.all_logprobs(model, sampled, 4)
-        back = [order.index(i) for i in range(5)]
-        tokens = policy._pad(sampled.responses, "cpu")[0]
-        results.append([rows[back] for values in (tokens, sampled.hidden, logprobs, hidden)
-                        for rows in sampled.by_list(values)])
-    assert all(torch.equal(one, other) for one, other in zip(*results))
-
 
 HOSTILE = dict(do_sample=True, temperature=0.2, top_p=0.5, top_k=3, repetition_penalty=1.8, typical_p=0.7,
                no_repeat_ngram_size=2, min_new_tokens=4, suppress_tokens=[10, 11], min_p=0.1, num_beams=2,
                forced_eos_token_id=5, encoder_repetition_penalty=1.2, bad_words_ids=[[7]])
-
 
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_sampling_is_neutral_whatever_a_model_ships(model, tokenizer, rollout, temperature, monkeypatch):
@@ -300,34 +194,22 @@ def test_sampling_is_neutral_whatever_a_model_ships(model, tokenizer, rollout, t
     chi2 = ((counts - expected) ** 2 / expected).sum().item()
     assert chi2 < V - 1 + 5 * math.sqrt(2 * (V - 1))
 
-
 def test_sampling_happens_in_eval_mode_and_restores_the_mode(model, tokenizer, rollout):
-    modes, record = [], lambda module, args: modes.append(module.training)
+    """Also where it fails, out of memory, say: the caller may try again."""
+    modes, model = [], copy.deepcopy(model)
     want = policy.sample_rows(model, tokenizer, rollout.prompts, 2, policy.Sampling(5)).responses
-    hook = model.register_forward_pre_hook(record)
+    model.register_forward_pre_hook(lambda module, args: modes.append(module.training))
     checkpoint_activations(model.train())
-    try:
-        torch.manual_seed(0)  # as this test began
-        got = policy.sample_rows(model, tokenizer, rollout.prompts, 2, policy.Sampling(5)).responses
-    finally:
-        hook.remove()
-        stop_checkpointing(model)
+    torch.manual_seed(0)  # as this test began
+    got = policy.sample_rows(model, tokenizer, rollout.prompts, 2, policy.Sampling(5)).responses
     assert got == want and model.training and not any(modes)
-
-
-def test_a_sampling_that_fails_leaves_the_model_as_it_was(model, tokenizer, rollout, monkeypatch):
-    """Out of memory, say: the caller may try again."""
-    published = model.generation_config
-    model.train()
-    monkeypatch.setattr(model, "generate", None)
+    published, model.generate = model.generation_config, None
     with pytest.raises(TypeError):
         policy.sample_rows(model, tokenizer, rollout.prompts, 1, policy.Sampling(5))
-    assert model.training and model.generation_config is published
-    assert not model.base_model._forward_hooks
+    assert model.training and model.generation_config is published and not model.base_model._forward_hooks
 
 
 # --- how far a model looks back ---
-
 
 @pytest.mark.parametrize("limit", ["max_position_embeddings", "sliding_window"])
 def test_rows_wider_than_the_models_reach_are_refused(model, tokenizer, rollout, limit, monkeypatch):
@@ -355,7 +237,6 @@ def test_rows_wider_than_the_models_reach_are_refused(model, tokenizer, rollout,
     with pytest.raises(InputError, match=limit):
         policy.all_logprobs(model, sampled, size=100)
 
-
 def test_a_window_that_no_layer_has_is_no_limit(model, rollout, monkeypatch):
     monkeypatch.setattr(model.config, "sliding_window", 8, raising=False)
     monkeypatch.setattr(model.config, "layer_types", ["full_attention"] * 2, raising=False)
@@ -364,19 +245,11 @@ def test_a_window_that_no_layer_has_is_no_limit(model, rollout, monkeypatch):
 
 # --- losses ---
 
-
 def test_clipped_loss_by_hand():
     ratio = torch.tensor([1.5, 1.5, 0.5, 0.5])
     advantage = torch.tensor([1.0, -1.0, 1.0, -1.0])
     got = policy.clipped_loss(ratio.log(), torch.zeros(4), advantage, 0.2)
     torch.testing.assert_close(got, torch.tensor([-1.2, 1.5, -0.5, 0.8]))
-
-
-def test_clipped_loss_on_policy_is_the_policy_gradient():
-    logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
-    policy.clipped_loss(logprobs, logprobs.detach(), torch.tensor([0.3, -0.7])).sum().backward()
-    torch.testing.assert_close(logprobs.grad, -torch.tensor([0.3, -0.7]))
-
 
 def test_k3_is_an_unbiased_kl_and_never_negative():
     p, q = torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([0.2, 0.2, 0.6]).log()

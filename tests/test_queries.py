@@ -10,18 +10,15 @@ import data
 from data import InputError, Item
 from extras.queries import QueryBuilder, query_source
 
-
 @pytest.fixture(scope="module")
 def builder(toy):
     return query_source(toy)
-
 
 def catalogue(items, sequence=()):
     """A data set of one user, whose last interaction is the training target."""
     sequence = [data.Interaction(i) for i in sequence]
     splits = {"train": [("u", len(sequence) - 1)] if sequence else []}
     return data.Dataset("x", {x.id: x for x in items}, {"u": sequence}, splits, {})
-
 
 def test_exactly_the_truths_meet_all_conditions(builder):
     for split in ("train", "test"):
@@ -30,7 +27,6 @@ def test_exactly_the_truths_meet_all_conditions(builder):
             assert right == list(q.truths)
             assert len(q.candidates) == 20 == len({c.title for c in q.candidates})
             assert q.num_conditions == len(q.conditions) and 1 <= q.num_conditions <= 3
-
 
 def test_requests_name_their_conditions(builder):
     """Explicit: every value in words. Implicit: no value, but an item that has it. Misinformed: a wrong value
@@ -53,7 +49,6 @@ def test_requests_name_their_conditions(builder):
             assert set(q.conditions) == {(n, v[0]) for n, v in a.attributes.items() if b.attributes[n] == v}
         assert not {x.id for x in named} & set(q.truths)
 
-
 def test_nothing_held_out_stands_in_a_training_request():
     """A user's held-out items are neither candidates nor named nor history in their training requests."""
     rng, sequences, train = random.Random(0), {}, []
@@ -68,7 +63,6 @@ def test_nothing_held_out_stands_in_a_training_request():
         assert not held_out & {x.id for x in [*q.candidates, *q.history]}
         assert not any(dataset.items[i].title in q.text for i in held_out)
 
-
 def test_near_misses_stand_among_the_candidates(toy):
     """Of two conditions more negatives meet just one than random items do, and none meets both."""
     shares = []
@@ -78,20 +72,6 @@ def test_near_misses_stand_among_the_candidates(toy):
             assert items is not q.candidates or met.count(2) == 1
             shares.append(met.count(1) / len(met))
     assert sum(shares[::2]) > sum(shares[1::2]) + 0.12 * len(shares) / 2
-
-
-def test_the_wrong_value_has_an_item_among_the_candidates(toy):
-    """Except where the user had that very item; by chance a fifth of the requests would have one."""
-    queries = QueryBuilder(toy, ["misinformed"], max_conditions=1, num_candidates=3).draw("train", 100)
-    wrong = [q.text.split(f"({q.conditions[0][0]} ")[1].split(",")[0] for q in queries]
-    assert sum(any((v,) in c.attributes.values() for c in q.candidates) for q, v in zip(queries, wrong)) > 80
-
-
-def test_conditions_are_neither_rare_nor_everywhere():
-    values = ["red"] * 3 + ["blue"] * 2 + ["green"] * 10 + ["grey"] * 16
-    items = [Item(str(n), f"Item {n}", {"colour": (value,)}) for n, value in enumerate(values)]
-    assert list(QueryBuilder(catalogue(items)).with_pair) == [("colour", "red"), ("colour", "green")]
-
 
 def test_a_request_never_names_its_answer():
     """Catalogues have items of one title: such a one is no clue to another, nor a candidate beside it."""
@@ -104,7 +84,6 @@ def test_a_request_never_names_its_answer():
         assert "polish" not in q.text.lower() and "Top coat" in q.text
         assert sum("polish" in c.title.lower() for c in q.candidates) == 1
 
-
 def test_two_items_stand_for_the_one_value_they_share():
     """Of items with several values, an implicit request names two whose only common value it is."""
     attributes = {"a": ("x", "p"), "b": ("x", "q"), "c": ("x", "p"), "z": ("x",)}
@@ -115,28 +94,24 @@ def test_two_items_stand_for_the_one_value_they_share():
         named = {i for i in attributes if f"Named {i}" in q.text}
         assert named in ({"a", "b"}, {"b", "c"})  # a and c share p as well
 
-
 def test_requests_follow_from_the_seed(toy, builder):
     again = QueryBuilder(toy).draw("train", 40)
     assert again == builder.draw("train", 40) and len({q.id for q in again}) == 40
     assert QueryBuilder(toy, seed=1).draw("train", 40) != again
     assert not {q.id for q in builder.draw("train", 40, start=7)} & {q.id for q in again}
 
-
-def test_old_seeds_give_the_old_requests(builder):
-    requests = [[q.id, q.text, [c.id for c in q.candidates], q.truths] for q in builder.draw("test", 60)]
-    digest = hashlib.sha256(json.dumps(requests).encode()).hexdigest()
-    assert digest[:16] == "6d25476c815975a3"
-
-
 @pytest.mark.parametrize("kinds", [None, ["implicit"], ["demographics"], ["nosuch"]])
-def test_catalogues_that_cannot_serve_are_refused_with_the_reason(toy, kinds):
+def test_what_cannot_be_served_is_refused_with_the_reason(toy, kinds):
     dataset = catalogue([Item("a", "A")]) if kinds in (None, ["implicit"]) else toy
     with pytest.raises(InputError, match="kinds are explicit.*items need attributes that several share"):
         QueryBuilder(dataset, kinds)
-
-
-def test_a_kind_without_any_query_is_refused_instead_of_searched_for_ever():
     items = [Item(f"{n}", f"Item {n}", {"colour": ("red" if n < 4 else "blue",)}) for n in range(12)]
     with pytest.raises(InputError, match="leave that kind out, or lower --num-candidates"):
         QueryBuilder(catalogue(items, ["5", "0"]), ["explicit"], num_candidates=20).draw("train", 1)
+
+
+def test_old_seeds_give_the_old_requests(builder):
+    """Runs can only be compared on the same requests."""
+    requests = [[q.id, q.text, [c.id for c in q.candidates], q.truths] for q in builder.draw("test", 60)]
+    digest = hashlib.sha256(json.dumps(requests).encode()).hexdigest()
+    assert digest[:16] == "6d25476c815975a3"

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import random
 from dataclasses import replace
 
 import pytest
@@ -11,19 +10,16 @@ import torch
 import policy
 import r2r
 import train
-from data import InputError
 from steps import Recorder, close, pad_logprobs, plain_row, replay, settings, token_terms
 from test_plackett_luce import enumerate_value
 
 RELEVANCE = [[0.0, 1.0, 0.0, 0.0], [2.0, 0.0, 1.0]]
-
 
 @pytest.fixture(scope="module")
 def lists(toy):
     """Two lists, of 4 and 3 candidates, with histories of unequal length."""
     return [replace(e, history=e.history[n:], candidates=e.candidates[:len(y)], relevance=y)
             for n, (e, y) in enumerate(zip(toy.examples("test", 2), RELEVANCE))]
-
 
 @pytest.fixture(scope="module")
 def rollout(model_and_tokenizer, lists):
@@ -34,10 +30,6 @@ def rollout(model_and_tokenizer, lists):
     found.responses[2], found.responses[5] = found.responses[2][:4], found.responses[5][:1]
     found.hidden = policy.all_logprobs(model, found)[1]
     return found
-
-
-# --- the step ---
-
 
 def objective(model, head, rollout, args, old_rows=None, reference=None):
     """Score loss + token loss + KL as written, in one graph: (loss, metrics)."""
@@ -53,7 +45,6 @@ def objective(model, head, rollout, args, old_rows=None, reference=None):
     loss, metrics = token_terms(rows, old_rows or [r.detach() for r in rows], refs, advantages, args.kl_coef)
     return loss - sum(values) / len(values), metrics | {"utility": sum(values).item() / len(values)}
 
-
 def take_step(model, head, tokenizer, lists, args, reference=None, **recorder):
     """(gradients of each update, metrics) of r2r.train_step on copies of model and head."""
     model, head = copy.deepcopy((model, head))
@@ -61,9 +52,8 @@ def take_step(model, head, tokenizer, lists, args, reference=None, **recorder):
     metrics = r2r.train_step(model.train(), tokenizer, head, lists, kept, args, reference)
     return kept.gradients, metrics
 
-
 @pytest.mark.parametrize("changes", [
-    {}, {"credit": "list"}, {"credit": "none"}, {"temperature": 0.7}, {"score_gradient": "head"},
+    {}, {"credit": "list"}, {"credit": "none"}, {"score_gradient": "head"},
     {"kl_coef": 0.3, "temperature": 0.7}, {"kl_coef": 0.3, "ppo_epochs": 2}, {"no_reasoning": True}],
     ids=lambda changes: "-".join(changes) or "default")
 def test_a_step_follows_the_written_objective(
@@ -93,20 +83,17 @@ def test_a_step_follows_the_written_objective(
     # On policy nothing is clipped; off policy the test would show nothing if nothing were.
     assert 0 < metrics["clipped"] < 1 if args.ppo_epochs == 2 else metrics["clipped"] == 0
 
-
 def test_what_each_part_of_the_gradient_trains(model, tokenizer, score_head, lists, rollout, monkeypatch):
     """No credit: the score loss alone. score_gradient "head": it reaches the head alone. They add up."""
     replay(monkeypatch, rollout)
     weights = sum(p.numel() for p in model.parameters())
-    found = {}
-    none, head = {"credit": "none"}, {"score_gradient": "head"}
-    for name, changes in {"whole": {}, "scores": none, "tokens": head, "neither": none | head}.items():
+    found, none, head = [], {"credit": "none"}, {"score_gradient": "head"}
+    for changes in ({}, none, head, none | head):
         (gradient,), metrics = take_step(model, score_head, tokenizer, lists, settings(**changes))
-        found[name] = gradient[:weights]
+        found.append(gradient[:weights])
         assert (metrics["token_loss"] == 0) == ("credit" in changes) and gradient[weights:].any()
-        assert name == "neither" or found[name].any()
-    assert close(found["scores"] + found["tokens"], found["whole"]) and not found["neither"].any()
-
+    whole, scores, tokens, neither = found
+    assert close(scores + tokens, whole) and scores.any() and tokens.any() and not neither.any()
 
 def test_micro_batches_and_sharing_change_nothing(model, tokenizer, score_head, lists, rollout, monkeypatch):
     """What is computed beyond a response's end does not count, either."""
@@ -114,7 +101,7 @@ def test_micro_batches_and_sharing_change_nothing(model, tokenizer, score_head, 
     args = settings(kl_coef=0.3, ppo_epochs=2)
     wanted, metrics = take_step(model, score_head, tokenizer, lists, args, model, rate=0.3)
     pad_logprobs(monkeypatch)
-    for micro_batch, share in ((1, True), (4, False), (100, True), (100, False)):
+    for micro_batch, share in ((1, True), (4, False), (100, True)):
         monkeypatch.setattr(policy, "SHARE_PREFIX", share)
         args.micro_batch = micro_batch
         found, again = take_step(model, score_head, tokenizer, lists, args, model, rate=0.3)
@@ -122,18 +109,17 @@ def test_micro_batches_and_sharing_change_nothing(model, tokenizer, score_head, 
         for name in ("utility", "token_loss", "kl", "clipped", "entropy", "score_std", "length"):
             assert again[name] == pytest.approx(metrics[name], abs=1e-4), name
 
-
 def test_the_order_of_candidates_changes_nothing(model, tokenizer, score_head, lists):
     """Sampling included: the same seed gives a candidate the same rationales, wherever it stands."""
-    found = []
-    for order in ((0, 1, 2, 3), (2, 1, 0, 3), (3, 1, 0, 2)):
-        orders = [[i for i in order if i < len(e.candidates)] for e in lists]
-        shuffled = [replace(e, candidates=[e.candidates[i] for i in o], relevance=[e.relevance[i] for i in o])
-                    for e, o in zip(lists, orders)]
-        torch.manual_seed(0)
-        found += take_step(model, score_head, tokenizer, shuffled, settings())[0]
-    assert close(found[1], found[0]) and close(found[2], found[0]) and found[0].any()
-
+    turned = [replace(e, candidates=e.candidates[::-1], relevance=e.relevance[::-1]) for e in lists]
+    (first,), _ = take_step(model, score_head, tokenizer, lists, settings())
+    torch.manual_seed(0)  # as this test began
+    (second,), _ = take_step(model, score_head, tokenizer, turned, settings())
+    assert close(second, first) and first.any()
+    ranked, again = (r2r.rank(model, tokenizer, score_head, e.history, e.candidates, max_new_tokens=6)
+                     for e in (lists[0], turned[0]))
+    assert again == ranked  # to the last bit
+    assert [x.score for x in ranked] == sorted((x.score for x in ranked), reverse=True)
 
 def test_shares_of_a_step_add_up_to_the_whole(model, tokenizer, score_head, lists, rollout, monkeypatch):
     """As several processes share it: one list each, and one process without any."""
@@ -143,12 +129,10 @@ def test_shares_of_a_step_add_up_to_the_whole(model, tokenizer, score_head, list
     shares = [take_step(model, score_head, tokenizer, share, settings(), totals=totals)
               for share in (lists[:1], lists[1:], [])]
     assert close(sum(gradient for (gradient,), _ in shares), whole) and not shares[2][0][0].any()
-    for name in ("utility", "token_loss", "format_rate", "truncated", "score_std", "dead_lists"):
+    for name in ("utility", "token_loss", "format_rate", "score_std"):
         assert sum(found[name] for _, found in shares) == pytest.approx(metrics[name], abs=1e-5)
 
-
-@pytest.mark.parametrize("pl", ["exact", "sample"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("pl, bad", [("exact", math.nan), ("exact", math.inf), ("sample", -math.inf)])
 def test_a_score_that_is_no_number_is_seen_in_the_norm(
         model, tokenizer, score_head, lists, rollout, pl, bad, monkeypatch):
     """Sorting such scores gives a ranking, and so a finite gradient, unless somebody looks."""
@@ -159,7 +143,6 @@ def test_a_score_that_is_no_number_is_seen_in_the_norm(
     replay(monkeypatch, rollout)
     assert math.isnan(take_step(model, Broken(), tokenizer, lists, settings(pl=pl))[1]["grad_norm"])
     score_head.zero_grad()
-
 
 def test_lists_without_signal_are_skipped_unless_they_pay_their_kl(model, score_head, rollout, monkeypatch):
     """A list that is ranked right with certainty teaches nothing; one of equal scores for all does."""
@@ -177,29 +160,7 @@ def test_lists_without_signal_are_skipped_unless_they_pay_their_kl(model, score_
     score_head.zero_grad()
 
 
-def test_sampled_signal_estimates_the_exact_one(rollout, score_head, monkeypatch):
-    monkeypatch.setattr(r2r, "PERMUTATIONS", 64)
-    scores, relevance = score_head(rollout.hidden).detach(), [torch.tensor(y) for y in RELEVANCE]
-    exact = r2r.learning_signal(rollout, scores, relevance, 2)[0]
-    draws = torch.stack([r2r.learning_signal(rollout, scores, relevance, 2, "sample", "none")[0]
-                         for _ in range(300)])
-    assert ((draws.mean(0) - exact).abs() < 5 * draws.std(0) / 300**0.5 + 1e-7).all()
-
-
 # --- ranking ---
-
-
-def test_ranking_does_not_depend_on_the_order_of_candidates(model, tokenizer, score_head, toy):
-    (e,) = toy.examples("test", 1)
-    first = r2r.rank(model, tokenizer, score_head, e.history, e.candidates, max_new_tokens=6)
-    assert [r.score for r in first] == sorted((r.score for r in first), reverse=True)
-    assert {r.item.id for r in first} == {c.id for c in e.candidates}
-    shuffled = random.Random(0).sample(e.candidates, 20)
-    again = r2r.rank(model, tokenizer, score_head, e.history, shuffled, max_new_tokens=6)
-    assert again == first  # to the last bit
-    with pytest.raises(TypeError, match="data.Item"):
-        r2r.rank(model, tokenizer, score_head, e.history, [c.title for c in e.candidates])
-
 
 def test_scores_are_means_over_rationales(model, tokenizer, score_head, lists, rollout, monkeypatch):
     replay(monkeypatch, rollout)
@@ -212,28 +173,14 @@ def test_scores_are_means_over_rationales(model, tokenizer, score_head, lists, r
         responses = rollout.responses[start:start + 3 * size]
         assert sum(rationales, []) == tokenizer.batch_decode(responses, skip_special_tokens=True)
 
-
-def test_without_reasoning_the_head_reads_the_prompt(model, tokenizer, lists):
-    e = lists[0]
-    head = r2r.ScoreHead(192, reasoning=False)
-    torch.nn.init.normal_(head.layers[2].weight)
-    prompt = r2r.build_prompt(tokenizer, e.history, e.candidates, reasoning=False)
-    plain = policy.Rollout([prompt], 1)
-    for r in r2r.rank(model, tokenizer, head, e.history, e.candidates):
-        wanted = head(plain_row(model, plain, e.candidates.index(r.item))[1]).item()
-        assert r.rationale == "" and r.score == pytest.approx(wanted, abs=1e-4)
-
-
-@pytest.mark.parametrize("knows_answers", [True, False])
-def test_zero_shot_score_is_the_log_odds_at_the_answer(model, tokenizer, toy, lists, knows_answers):
+def test_zero_shot_score_is_the_log_odds_at_the_answer(toy, lists):
     """What it answered does not count; one that never came to its answer is asked for it."""
-    if not knows_answers:  # to this tokenizer the two words are of unequal length
-        model, tokenizer = policy.load("tiny", texts=toy.texts())
+    model, tokenizer = policy.load("tiny", texts=toy.texts())
 
     def encode(text):
         return tokenizer(text, add_special_tokens=False).input_ids
 
-    assert (len(encode("yes")) == len(encode("no"))) == knows_answers
+    assert len(encode("yes")) != len(encode("no"))  # to this tokenizer
     prompt = r2r.build_prompt(tokenizer, lists[1].history, lists[1].candidates)
     answers = "Rose.\n<answer>yes</answer>", "Rose.\n<answer>no", "I"
     responses = [encode(f"{text}<|im_end|>") for text in answers]
@@ -243,10 +190,6 @@ def test_zero_shot_score_is_the_log_odds_at_the_answer(model, tokenizer, toy, li
         yes, no = (plain_row(model, policy.Rollout([prompt], 1, [r] * 3), n)[0].sum() for r in rows)
         assert found[n].item() == pytest.approx((yes - no).item(), abs=1e-4)
 
-
-# --- answers and the head ---
-
-
 @pytest.mark.parametrize("text, answer", [
     ("so <answer>yes</answer>", True), ("<answer> No </answer>", False),
     ("<answer>yes</answer> wait <answer>no</answer>", False),  # the last one counts
@@ -254,36 +197,17 @@ def test_zero_shot_score_is_the_log_odds_at_the_answer(model, tokenizer, toy, li
 def test_parse_answer(text, answer):
     assert r2r.parse_answer(text) is answer
 
-
-def test_score_head_survives_saving(tmp_path, score_head):
-    path, head = tmp_path / "score_head.safetensors", copy.deepcopy(score_head)
-    head.reasoning = False
-    head.save(path)
-    again, hidden = r2r.ScoreHead.load(path), torch.randn(2, 3, 192)
-    assert torch.equal(again(hidden), head(hidden)) and not again.reasoning
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(InputError, match="score_head.safetensors"):
-        r2r.ScoreHead.load(path)
-
-
-def fit(head, hidden, relevance, **options):
-    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)
-    return train.fit_score_head(head, hidden, relevance, optimizer, **options)
-
-
 def test_warm_up_fits_the_head_and_learns_no_noise_by_heart():
     """Features that show the positive are found; from noise it learns no certainty about other lists."""
-    relevance, head = [torch.eye(6)[n % 6] for n in range(12)], r2r.ScoreHead(192)
+    relevance, fresh = [torch.eye(6)[n % 6] for n in range(12)], torch.randn(120, 192)
     noise = [torch.randn(6, 2, 192) for _ in range(12)]
     telling = [h + 2.0 * y[:, None, None] for h, y in zip(noise, relevance)]
-    before = r2r.expected_ndcg(head(telling[0]).T, relevance[0]).mean().item()
-    assert before < 0.6 and fit(head, telling, relevance, epochs=5) > 0.95
-    assert fit(r2r.ScoreHead(192), telling[:3], relevance[:3]) is None  # too few to hold any out
-    careful, by_heart, fresh = r2r.ScoreHead(192), r2r.ScoreHead(192), torch.randn(120, 192)
-    fit(careful, noise, relevance)
-    optimizer = torch.optim.AdamW(by_heart.parameters(), lr=1e-3)
-    for h, y in 10 * list(zip(noise, relevance)):
-        optimizer.zero_grad()
-        r2r.score_loss(by_heart(h), y)[0].mean().backward()
-        optimizer.step()
-    assert careful(fresh).std() < 0.5 * by_heart(fresh).std()
+    heads = [r2r.ScoreHead(192) for _ in range(3)]
+    optimizers = [torch.optim.AdamW(head.parameters(), lr=1e-3) for head in heads]
+    assert train.fit_score_head(heads[0], telling, relevance, optimizers[0], epochs=5) > 0.95
+    train.fit_score_head(heads[1], noise, relevance, optimizers[1])
+    for h, y in 10 * list(zip(noise, relevance)):  # by heart
+        optimizers[2].zero_grad()
+        r2r.score_loss(heads[2](h), y)[0].mean().backward()
+        optimizers[2].step()
+    assert heads[1](fresh).std() < 0.5 * heads[2](fresh).std()

@@ -1,10 +1,10 @@
 """RecBench+'s files in the published schema: queries, candidates, splits, and files of answers."""
 
+import itertools
 import json
 import math
 import os
 import random
-import sys
 from collections import Counter
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -18,9 +18,6 @@ from extras.recbench import RecBench, RecBenchQueries, open_ended, read_response
 
 SHARED = Path(os.environ.get("SHARED_DATA", Path(__file__).parents[2] / "shared" / "data")) / "recbench_plus"
 real = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no RecBench+ data at {SHARED}; set SHARED_DATA")
-both = pytest.mark.parametrize("match", ["recbench", "exact"])
-
-
 MOVIES = """1::Toy Story (1995)::Animation|Children's|Comedy
 17::Sense and Sensibility (1995)::Drama|Romance
 73::Mis\ufffdrables, Les (1995)::Drama|Musical
@@ -32,13 +29,11 @@ MOVIES = """1::Toy Story (1995)::Animation|Children's|Comedy
 3045::Peter's Friends (1992)::Comedy|Drama
 """ + "".join(f"{n}::Filler {n} (1990)::Western\n" for n in range(5000, 5030))
 
-
 def record(**changes):
     return {"source_user": "2326", "condition_num": 2, "movieSubsetId": [356, 2028], "data_idx": 3862,
             "movieSubset": ["Forrest Gump (1994)", "Saving Private Ryan (1998)"],
             "sharedRelationships": [["Starring", "Tom Hanks"], ["Genre", "War"]],
             "situational_description_query": "A war film\nwith Tom Hanks, please."} | changes
-
 
 def implicit():
     clue = {"movie": "The_Remains of the Day (1993)", "relation": "Starring", "person": "Emma Thompson"}
@@ -47,17 +42,14 @@ def implicit():
                   movieSubset=["Junior (1994)", "Peter's Friends (1992)"], multihop_info=[clue, unknown],
                   sharedRelationships=[["Starring", "Emma Thompson"]], data_idx=1)
 
-
 def profile(*subsets, **changes):
     children = [{"query": "What next?", "movie subset": subset} if subset else {} for subset in subsets]
     return {"query & ground true": children} | changes
-
 
 def book(**changes):
     return {"source_user": "A1", "condition_num": 1, "bookSubset": ["Emma", "EMMA."], "data_idx": 7,
             "sharedRelationships": [["WRITTEN_BY", "Jane Austen"]],
             "situational_description_query": "Austen?"} | changes
-
 
 @pytest.fixture
 def write(tmp_path):
@@ -71,12 +63,10 @@ def write(tmp_path):
         return tmp_path
     return write
 
-
-def lists_of(bench, num_candidates=20, seed=0, kinds=None):
+def lists_of(bench, num_candidates=20, seed=0):
     """All queries of the files with their candidates."""
-    source = RecBenchQueries(bench, kinds, num_candidates, seed)
+    source = RecBenchQueries(bench, None, num_candidates, seed)
     return [q for split in source.splits if source.splits[split] for q in source.draw(split, 9999)]
-
 
 def test_an_explicit_record(write):
     bench = RecBench(write(Explicit=[record()]), "movie")
@@ -87,7 +77,9 @@ def test_an_explicit_record(write):
     assert query.titles == ("Forrest Gump (1994)", "Saving Private Ryan (1998)")
     assert query.conditions == (("starring", "Tom Hanks"), ("genre", "War"))
     assert bench.items["1"].attributes == {"genre": ("Animation", "Children's", "Comedy")}
-
+    books = RecBench(write("book", Explicit=[book(), book(bookSubset=["戦争", "平和"])]), "book")
+    assert list(books.items) == ["Emma", "戦争", "平和"]  # without a catalogue those that the records name
+    assert [q.truths for q in books.queries] == [("Emma",), ("戦争", "平和")]
 
 def test_what_queries_say_about_items_is_for_the_graph_and_not_shown(write):
     wrong = {"movie": "Toy Story (1995)", "relation": "Starring", "person": "P.",
@@ -101,7 +93,6 @@ def test_what_queries_say_about_items_is_for_the_graph_and_not_shown(write):
     for query in lists_of(bench, 8):
         assert all(set(x.attributes) <= {"genre"} for x in [*query.candidates, *query.history])
 
-
 def test_records_of_several_queries(write):
     titles = ["Les Misérables (1995)", "The Remains of the Day (1993)", "No Such Film (1990)"]
     bench = RecBench(write(DemographicsBased=[profile(None, titles, titles[2:], data_idx=4)]), "movie")
@@ -110,14 +101,9 @@ def test_records_of_several_queries(write):
     assert query.truths == ("73", "515")  # the catalogue's, but for the article and lost characters
     assert len(query.titles) == 3  # open-ended answers are scored against all
     assert list(bench.left_out) == ["movie-demographics-4-1"]
-    child = {"query": "What next?", "book subset": ["Emma"]}
-    books = RecBench(write("book", InterestBased=[{"query & ground true": [{}, child]}]), "book")
-    assert books.queries[0].id == "book-interest-0-1"  # of books the benchmark counts the empty ones
-
 
 @pytest.mark.parametrize("predecessors", [
     {"predecessor_movie_count": {"Toy Story (1995)": 1, "Junior (1994)": 5, "Alien (1992)": 9}},
-    {"predecessor_movie_count": [["Toy Story (1995)", 1], ["Junior (1994)", 5]], "predecessor_seq_count": {}},
     {"predecessor_seq_count": {"Toy Story (1995) -> Junior (1994)": 2, "Toy Story (1995), Alien (1992)": 1}},
 ])
 def test_interest_histories_are_what_came_before_and_never_the_pool_of_answers(write, predecessors):
@@ -125,33 +111,21 @@ def test_interest_histories_are_what_came_before_and_never_the_pool_of_answers(w
     interest = profile(shared[:1], ["Forrest Gump (1994)"], **predecessors)
     interest["Shared consecutive movies"] = shared
     bench = RecBench(write(InterestBased=[interest]), "movie")
-    for query in bench.queries:
+    for query in [q for seed in range(20) for q in lists_of(bench, seed=seed)]:
         assert [h.id for h in query.history] == ["1", "256"]  # the most frequent last
-    for seed in range(20):
-        for query in lists_of(bench, seed=seed):
-            assert {c.id for c in query.candidates} & {"1", "256", "1320", "356", "3045"} == set(query.truths)
-    assert [len(q.history) for q in RecBench(write(), "movie", history_length=1).queries] == [1, 1]
-
+        assert {c.id for c in query.candidates} & {"1", "256", "1320", "356", "3045"} == set(query.truths)
 
 def test_ids_go_before_misencoded_titles_and_titles_stand_in_for_unknown_ids(write):
     forms = [("A?????? (1992)", 1320), ("Alienï¿½ (1992)", 99999)]
     records = [record(movieSubset=[title], movieSubsetId=[i], data_idx=0) for title, i in forms]
-    bench = RecBench(write(Explicit=records), "movie")
+    folder = write(Explicit="\ufeff" + json.dumps(records))
+    latin = "60::Who::What (1999)::Comedy\r\n63::Café (2002)\n".encode("latin-1")
+    (folder / "dataset/movie/movies.dat").write_bytes(MOVIES.encode() + latin)
+    bench = RecBench(folder, "movie")
     assert [q.truths for q in bench.queries] == [("1320",), ("1320",)]
-    assert bench.items["1320"].title == "Alien (1992)"  # without the lost character
     assert [q.id for q in bench.queries] == ["movie-explicit-0", "movie-explicit-0+"]  # a repeated id
-
-
-def test_titles_may_hold_colons_and_files_may_be_latin_1(write):
-    folder = write(Explicit="\ufeff" + json.dumps([record()]))
-    lines = "73::Misérables, Les (1995)::Drama\r\n356::Forrest Gump (1994)::War\r\n"
-    lines += "60::Who::What (1999)::Comedy\n62::No::Genre (2001)\n63::Bare (2002)\n64::Empty (2003)::\n"
-    (folder / "dataset/movie/movies.dat").write_bytes(lines.encode("latin-1"))
-    items = RecBench(folder, "movie").items
-    assert items["73"].title == "Misérables, Les (1995)" and items["356"].attributes == {"genre": ("War",)}
-    assert items["60"].title == "Who::What (1999)" and items["60"].attributes == {"genre": ("Comedy",)}
-    assert [items[i].title for i in ("62", "63", "64")] == ["No::Genre (2001)", "Bare (2002)", "Empty (2003)"]
-
+    titles = ["Who::What (1999)", "Café (2002)", "Alien (1992)"]  # without the lost character
+    assert [bench.items[i].title for i in ("60", "63", "1320")] == titles
 
 def test_candidates(write):
     bench = RecBench(write(Explicit=[record()], Implicit=[implicit()]), "movie")
@@ -162,15 +136,13 @@ def test_candidates(write):
         assert len(set(ids)) == 8 and len(query.truths) == 1
         assert [t for t in truths[query.id] if t in ids] == list(query.truths)
     assert {q.truths[0] for q in lists if q.kind == "explicit"} == {"356", "2028"}  # each takes its turn
-    kinds = {q.kind for q in lists if "515" in {c.id for c in q.candidates}}
-    assert kinds == {"explicit"}  # Emma Thompson stars in it, so for the implicit query it is right too
+    # Emma Thompson stars in 515, so for the implicit query it is right too.
+    assert {q.kind for q in lists if "515" in {c.id for c in q.candidates}} == {"explicit"}
     assert {[c.id for c in q.candidates].index(q.truths[0]) for q in lists} == set(range(8))
-
 
 def test_two_candidates_never_share_a_title(write):
     """Nor titles that differ in case alone: an answer would name both."""
-    titles = ["Emma", "EMMA"] * 10 + ["Dune", "dune"] * 10 + ["It"]
-    catalogue = "".join(f"{n}::{t}\n" for n, t in enumerate(titles))
+    catalogue = "".join(f"{n}::{t}\n" for n, t in enumerate(["Emma", "EMMA", "Dune", "dune"] * 9 + ["It"]))
     bench = RecBench(write("book", Explicit=[book(bookSubset=["Emma"])], books=catalogue), "book")
     for seed in range(20):
         [query] = lists_of(bench, 3, seed)
@@ -178,32 +150,9 @@ def test_two_candidates_never_share_a_title(write):
     with pytest.raises(InputError, match="only 2 wrong titles"):
         lists_of(bench, 4)
 
-
-def test_books_without_a_catalogue_are_those_that_the_records_name(write):
-    bench = RecBench(write("book", Explicit=[book(), book(bookSubset=["戦争", "平和"])]), "book")
-    assert list(bench.items) == ["Emma", "戦争", "平和"] and bench.queries[0].titles == ("Emma", "EMMA.")
-    assert [q.truths for q in bench.queries] == [("Emma",), ("戦争", "平和")]
-    assert bench.holders["written_by", "Jane Austen"] == set(bench.items)
-
-
-def test_splits_keep_users_and_records_together(write):
-    records = [record(source_user=str(n // 2), data_idx=n) for n in range(1000)]
-    profiles = [profile(["Junior (1994)"], ["Alien (1992)"], data_idx=n) for n in range(500)]
-    bench = RecBench(write(Explicit=records, DemographicsBased=profiles, InterestBased=profiles), "movie")
-    splits = RecBenchQueries(bench, seed=3).splits
-    assert [len(s) / 3000 for s in splits.values()] == pytest.approx([0.8, 0.1, 0.1], abs=0.04)
-    groups = [group for s in splits.values() for group in {q.user for q in s}]
-    assert len(groups) == len(set(groups)) == 500 + 500 + 500
-    fewer = RecBenchQueries(bench, ["interest"], seed=3).splits  # a split stays when there are others
-    assert all({q.id for q in kept} <= {q.id for q in splits[name]} for name, kept in fewer.items())
-
-
 @pytest.mark.parametrize("files, message", [
     ({"Explicit": "[{"}, "ExplicitQuery.json record 0: expected JSON"),
-    ({"Explicit": [record(), 3]}, "ExplicitQuery.json record 1: expected"),
     ({"Explicit": [record(movieSubset="Heat (1995)", movieSubsetId=None)]}, "record 0.*Heat"),
-    ({"Explicit": [record(), record(movieSubsetId=[1])]}, "record 1"),
-    ({"Explicit": [record(situational_description_query=" ")]}, "record 0.*text ''"),
     ({"Implicit": [record(multihop_info=["x"])]}, "ImplicitQuery.json record 0"),
     ({"DemographicsBased": [{"query & ground true": [{"query": "q"}]}]}, "record 0.*movie subset"),
     ({"Explicit": [record()], "movies": "1::A (1995)\nnonsense\n"}, "movies.dat line 2: expected id::"),
@@ -214,20 +163,18 @@ def test_broken_files_are_named_with_the_place(write, files, message):
         RecBench(write(**files), "movie")
     assert "\n" not in str(error.value)
 
-
-def test_drawing_goes_round_with_other_negatives(write):
-    records = [record(source_user=str(n), data_idx=n) for n in range(20)]
-    source = RecBenchQueries(RecBench(write(Explicit=records), "movie"))
-    first, again = source.draw("train", 99), source.draw("train", 99, start=1)
-    assert len(first) == len(source.splits["train"]) == len({q.id for q in first})
-    assert len(again) == 99 and {q.id for q in again} == {q.id for q in first}
+def test_splits_keep_users_together_and_drawing_goes_round_with_other_negatives(write):
+    records = [record(source_user=str(n // 2), data_idx=n) for n in range(1000)]
+    source = RecBenchQueries(RecBench(write(Explicit=records), "movie"), seed=3)
+    assert [len(s) / 1000 for s in source.splits.values()] == pytest.approx([0.8, 0.1, 0.1], abs=0.04)
+    assert sum(len({q.user for q in s}) for s in source.splits.values()) == 500
+    first, again = source.draw("test", 999), source.draw("test", 999, start=1)
     candidates = {q.id: q.candidates for q in first}
+    assert len(first) == len(source.splits["test"]) == len(candidates)
+    assert len(again) == 999 and {q.id for q in again} == set(candidates)
     assert all(q.candidates != candidates[q.id] for q in again)
-    last = source.with_candidates(first[-1], random.Random(f"0/{first[-1].id}"))
-    assert last == first[-1]  # it follows from the seed and the query alone
     with pytest.raises(InputError, match="hold explicit queries alone"):
         RecBenchQueries(source.bench, ["explicit", "implicit"])
-
 
 @real
 def test_real_files():
@@ -237,23 +184,19 @@ def test_real_files():
     assert kinds == {"explicit": 35, "implicit": 11, "misinformed": 11, "demographics": 279}
     # of 848 demographics titles two are not the catalogue's: one lost its article, one is an original title
     assert not bench.left_out and sum(len(q.titles) - len(q.truths) for q in bench.queries) == 2
-    assert all(len(q.history) == 10 for q in bench.queries if q.kind in ("implicit", "misinformed"))
     assert all(len({c.title for c in q.candidates}) == 20 for q in lists_of(bench))
     assert len(books.queries) == 14 and all(len(q.truths) == len(q.titles) for q in books.queries)
-
 
 @pytest.fixture
 def bench(write):
     """Ids 3862, 1 and 1 (of two kinds), 2-0 and 2-1, which is left out."""
     people = [profile(["Junior (1994)"], ["No Such Film (1990)"], data_idx=2)]
-    explicit = [record(), record(data_idx=1)]
-    return RecBench(write(Explicit=explicit, Implicit=[implicit()], DemographicsBased=people), "movie")
-
+    folder = write(Explicit=[record(), record(data_idx=1)], Implicit=[implicit()], DemographicsBased=people)
+    return RecBench(folder, "movie")
 
 def answers(path, *records):
     path.write_text("\ufeff" + "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records) + "\n")
     return path
-
 
 def test_answers_are_found_by_full_id_short_id_or_kind(bench, tmp_path):
     records = [{"id": 3862, "response": "a\u2028b"}, {"id": "movie-explicit-1", "response": ""},
@@ -263,59 +206,44 @@ def test_answers_are_found_by_full_id_short_id_or_kind(bench, tmp_path):
         ("movie-explicit-3862", "a\u2028b"), ("movie-explicit-1", ""), ("movie-implicit-1", "c"),
         ("movie-demographics-2-0", "d")]
 
-
 @pytest.mark.parametrize("records, message", [
     ([{"id": "99", "response": "x"}], "line 1: id '99' is of no query"),
     ([{"id": "1", "response": "x"}], "is of movie-explicit-1, movie-implicit-1; add \"kind\""),
     ([{"id": i, "response": "x"} for i in (3862, "movie-explicit-3862")], "line 2.*answered on line 1"),
     ([{"id": "2-1", "response": "x"}], "not in the catalogue: No Such Film"),
     ([{"id": "3862"}], "line 1: expected {\"id\", \"response\": text}; KeyError"),
-    ([{"id": "3862", "response": 5}], "expected {\"id\", \"response\": text}"),
 ])
 def test_answers_that_cannot_be_counted_are_refused(bench, tmp_path, records, message):
     with pytest.raises(InputError, match=message):
         read_responses(answers(tmp_path / "a.jsonl", *records), bench)
 
-
-def test_the_report_is_of_the_answered_and_says_how_many_these_are(bench, tmp_path, capsys, monkeypatch):
-    def means(columns, users):
-        return {name: {"mean": sum(values) / len(values)} for name, values in columns.items()}
-
-    monkeypatch.setitem(sys.modules, "eval", SimpleNamespace(intervals=means))
+def test_the_report_is_of_the_answered_and_says_how_many_these_are(bench, tmp_path):
     dataset, out = SimpleNamespace(name="recbench-movie", bench=bench), tmp_path / "eval.json"
     response = "'Saving Private Ryan' [SEP] Forrest Gump"
     path = answers(tmp_path / "a.jsonl", {"id": "3862", "response": response})
     recbench.evaluate_open_ended(dataset, path, out)
     report = json.loads(out.read_text())
-    assert "answered 1 of 2 (explicit)" in capsys.readouterr().out
     assert (report["answered"], report["of"]) == (1, 2)
     for match in ("recbench", "exact"):
         want = open_ended(response, bench.queries[0].titles, match)
         assert report[match]["queries"]["movie-explicit-3862"] == want
         assert report[match]["recall"]["mean"] == want["recall"]
-    for other, file in ((None, path), (bench, answers(tmp_path / "b.jsonl"))):  # no such queries, no answers
-        with pytest.raises(InputError, match="recbench:movie"):
-            recbench.evaluate_open_ended(SimpleNamespace(name="x", bench=other), file, out)
-
 
 @real
 def test_reproduces_the_published_scores_of_279_queries():
     groups = json.loads((SHARED / "dataset/movie/DemographicsBasedQuery.json").read_text())
     lines = (SHARED / "regression/gpt-4o-predictions.jsonl").read_text().splitlines()
     expected = json.loads((SHARED / "regression/gpt-4o-expected.json").read_text())
-    assert len(lines) == len(expected) == 279
-    for line, row in zip(map(json.loads, lines), expected):
+    for line, row in zip(map(json.loads, lines), expected, strict=True):
         assert line["id"] == row["id"]
         group, query = map(int, line["id"].split("-"))
         got = open_ended(line["response"], groups[group]["query & ground true"][query]["movie subset"])
         assert (got["precision"], got["recall"], got["ftr"]) == (row["precision"], row["recall"], row["ftr"])
         assert got["ndcg"] == pytest.approx(row["ndcg"], abs=1e-12)
 
-
 def scores(response, truths, match="recbench", domain="movie"):
     got = open_ended(response, truths, match, domain)
     return got["precision"], got["recall"], got["ndcg"], got["ftr"]
-
 
 def test_by_hand():
     truths = ["The Usual Suspects (1995)", "Pulp Fiction (1994)", "Reservoir Dogs (1992)"]
@@ -326,7 +254,10 @@ def test_by_hand():
     assert scores(response, truths) == (2 / 4, 2 / 3, pytest.approx(dcg / ideal), False)
     dcg = 1 / math.log2(3) + 1 / 2 + 1 / math.log2(5)
     assert scores(response, truths, "exact") == (3 / 4, 1, pytest.approx(dcg / ideal), False)
-
+    twice = "The Usual Suspects [SEP] The Usual Suspects"  # only the benchmark's NDCG counts the repeat
+    assert scores(twice, truths[:1]) == (1 / 2, 1, pytest.approx(1 + 1 / math.log2(3)), False)
+    assert scores(twice, truths[:1], "exact")[2] == 1
+    assert scores("Jaws, 1975", truths + ["Jaws, 1975"])[3]  # the format of a list is not followed
 
 @pytest.mark.parametrize("domain", ["movie", "book"])
 def test_the_rule_by_the_benchmarks_definition(domain):
@@ -334,68 +265,22 @@ def test_the_rule_by_the_benchmarks_definition(domain):
     rng, num_hits = random.Random(0), 0
     for _ in range(2000):
         words = ["".join(rng.choices("abSu ", k=rng.randint(1, 9))).strip() or "a" for _ in range(4)]
-        response, truths = " [SEP] ".join(words[:3]), words[2:]
+        response, listed, truths = " [SEP] ".join(words[:3]), words[:3], words[2:]
         if domain == "book":
             listed = response.strip().strip("Recommended books (separated by [SEP]):").split("[SEP]")
-        else:
-            listed = words[:3]
         hits = [next((t for t in truths if SequenceMatcher(None, p, t).ratio() >= 0.8), None) for p in listed]
-        num_hit = sum(t in hits for t in truths)
-        num_hits += num_hit
-        assert scores(response, truths, domain=domain)[:2] == (num_hit / len(listed), num_hit / len(truths))
+        found = sum(t in hits for t in truths)
+        num_hits += found
+        assert scores(response, truths, domain=domain)[:2] == (found / len(listed), found / len(truths))
     assert 100 < num_hits < 3900
 
-
-def test_repeats_and_neighbours():
-    truths = ["The Usual Suspects (1995)", "Reservoir Dogs (1992)"]
-    response = "The Usual Suspects [SEP] The Usual Suspects"
-    assert scores(response, truths) == (1 / 2, 1 / 2, pytest.approx(1), False)  # only NDCG counts the repeat
-    assert scores(response, truths, "exact")[2] == pytest.approx(1 / (1 + 1 / math.log2(3)))
-    assert scores(response, truths[:1])[2] == pytest.approx(1 + 1 / math.log2(3))  # and can exceed 1
-    assert scores("Jaws, 1975", truths + ["Jaws, 1975"]) == (1, 1 / 3, pytest.approx(0.469, abs=1e-3), True)
-
-
-@both
-@pytest.mark.parametrize("response", ["", "[SEP]", " [SEP] [SEP]\n", "'' [SEP] \"\"", "(1994) [SEP] ()"])
-def test_nothing_never_matches(response, match):
-    for truths in (["Casablanca (1942)"], ["", " ", "''"], []):
-        assert scores(response, truths, match)[:3] == (0, 0, 0)
-
-
-def test_exact_spellings():
+def test_exact_spellings_and_nothing():
     truth = ["Godfather, The (1972)"]
-    for hit in ("The Godfather", "the godfather (1972)", "Godfather, The", '"The  Godfather" (1972)',
-                "“The Godfather (1972)”.", "**The Godfather**", "[The Godfather (1972)]", "(The Godfather)"):
+    for hit in ("the godfather (1972)", "Godfather, The", "“The Godfather (1972)”.", "[**The Godfather**]"):
         assert scores(hit, truth, "exact")[1] == 1, hit
-    for miss in ("The Godfather (1990)", "Godfather", "The Godfather: Part II", "The Godfather 1972", "the"):
+    for miss in ("The Godfather (1990)", "Godfather", "The Godfather: Part II", "the"):
         assert scores(miss, truth, "exact")[1] == 0, miss
-    assert scores("The ABC Murders (1936)", ["THE ABC MURDERS."], "exact")[1] == 1  # a truth without a year
-    kongs = ["King Kong (1933)", "King Kong (1976)"]
-    assert scores("King Kong", kongs, "exact")[:2] == (1, 1 / 2)
-    assert scores("King Kong (1976) [SEP] King Kong (1976)", kongs, "exact")[:2] == (1 / 2, 1 / 2)
-
-
-@both
-@pytest.mark.parametrize("domain", ["movie", "book"])
-def test_hostile_responses_cost_a_bounded_number_of_comparisons(match, domain, monkeypatch):
-    """MAX_PREDICTIONS comparisons a truth, and the costly ratio only of texts about as long as the truth."""
-    compared, costly, keyed = [], [], []
-
-    class Counted(SequenceMatcher):
-        def real_quick_ratio(self):
-            compared.append(len(self.a))
-            return super().real_quick_ratio()
-
-        def ratio(self):
-            costly.append(len(self.a))
-            return super().ratio()
-
-    monkeypatch.setattr(recbench, "SequenceMatcher", Counted)
-    monkeypatch.setattr(recbench, "title_key", lambda title: keyed.append(len(title)) or title_key(title))
-    truths = [f"The Breakfast Club and Friends of Mine {n} (1985)" for n in range(10)]
-    responses = ("x[SEP]" * 10**5, "a" * 10**6, ", the" * 10**5, "[SEP]".join([truths[0][::-1]] * 9999))
-    for response in responses:
-        open_ended(response, truths, match, domain)
-    assert len(compared) <= recbench.MAX_PREDICTIONS * len(truths) * len(responses)
-    assert len(keyed) <= (recbench.MAX_PREDICTIONS + len(truths)) * len(responses)
-    assert max(keyed, default=0) <= 300 and max(costly, default=0) < 2 * len(truths[0])
+    assert scores("King Kong", ["King Kong (1933)", "King Kong (1976)"], "exact")[:2] == (1, 1 / 2)
+    for match, truths in itertools.product(("recbench", "exact"), (truth, ["", " ", "''"], [])):
+        for response in ("", " [SEP] [SEP]\n", "'' [SEP] \"\"", "(1994) [SEP] ()"):
+            assert scores(response, truths, match)[:3] == (0, 0, 0)

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import random
+import statistics
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,27 +18,19 @@ from data import Item, Query
 from extras.queries import QueryBuilder
 from steps import Recorder, close, pad_logprobs, plain_row, replay, settings, token_terms
 
-
-def movies(*titles):
-    return [Item(f"m{n}", title) for n, title in enumerate(titles)]
-
-
-def request(candidates, truths=("m0",), **changes):
-    return Query("q", "Something good, please.", "explicit", 1, candidates, truths, **changes)
-
+def request(*titles, **changes):
+    """The first of the titles is right."""
+    movies = [Item(f"m{n}", title) for n, title in enumerate(titles)]
+    return Query("q", "Something good, please.", "explicit", 1, movies, ("m0",), **changes)
 
 @pytest.fixture(scope="module")
 def builder(toy):
     return QueryBuilder(toy, max_conditions=3)
 
-
-# --- prompts ---
-
-
 def test_a_prompt_shows_request_and_candidates_and_history_where_asked(model, tokenizer, builder):
     """Its responses share all of it but the template's end. Titles come as the answer's reader takes them."""
     past = [Item("h", "Heat {x}", ago="3 days ago", rating=4.0)]
-    query = request(movies("Up", r"A \boxed{Up}"), history=past)
+    query = request("Up", r"A \boxed{Up}", history=past)
     for personalized, times in ((True, 1), (False, 0)):
         prompt = rerec.build_prompt(tokenizer, query, personalized)
         (suffix,), text = prompt.suffix_ids, tokenizer.decode(prompt.prefix_ids)
@@ -45,42 +38,27 @@ def test_a_prompt_shows_request_and_candidates_and_history_where_asked(model, to
         assert text.endswith("Request: Something good, please.\nCandidates:\n- Up\n- A boxed(Up)\n")
         assert text.count("- 3 days ago: Heat (x) (rated 4)") == times
 
-
 def test_nothing_in_a_prompt_spells_an_answer(tokenizer):
     """Quoting it would be one: only the instruction holds a box."""
     box = r"\\boxed{Good}"
     item = Item("m0", box, {"brand": (box,)})
-    query = replace(request([item, Item("m1", "Good")], history=[item]), text=f"Is {box} right?")
+    query = replace(request(box, "Good", history=[item]), text=f"Is {box} right?")
     prompt = rerec.build_prompt(tokenizer, query, personalized=True)
     assert tokenizer.decode(prompt.prefix_ids + prompt.suffix_ids[0]).count("\\boxed") == 1
 
-
-# --- the reward ---
-
-
 GRAPH = {"m0": frozenset("abcd"), "m1": frozenset("ab"), "m2": frozenset("xy")}
-
 
 @pytest.mark.parametrize("text, wanted", [
     (r"\boxed{Heat}", 1 + 0.05 + 0.01 + 0.02), (r"\boxed{Ronin}", 0.05 + 0.01 * 0.5 + 0.02 / 2**0.5),
     (r"\boxed{Nothing known}", 0.05), (r"\boxed{Up; Heat}", 0.05 + 0.02 / 5**0.5),  # the first answer alone
     ("Heat", -0.55), ("", -0.55), (r"\boxed{}", -0.55), (r"\boxed{Heat", -0.55)])  # no box
 def test_reward_by_hand(text, wanted):
-    query = request(movies("Heat", "Ronin", "Up"))
+    query = request("Heat", "Ronin", "Up")
     embeddings = {f"m{n}": torch.tensor([1.0, float(n)]) for n in range(3)}
     for weights in ((0.01, 0.02), {"query_alignment": 0.01, "preference_alignment": 0.02}):
         judged = rerec.score_response(text, query, GRAPH, embeddings, weights)
         assert judged.reward == pytest.approx(wanted)
     assert judged.boxed == (judged.terms["format"] > 0) == (wanted > 0)
-
-
-def test_several_truths_and_what_is_kept_of_an_answer():
-    query = request(movies("Heat", "Ronin", "Up"), ("m0", "m1"))
-    judged = rerec.score_response(r"\boxed{ronin}", query)
-    assert judged.correct and judged.ndcg == 1.0 and judged.title == "Ronin"
-    unknown = rerec.score_response(r"\boxed{\textbf{Alien \& Co}; Heat}", query)
-    assert not unknown.correct and unknown.answers[0] is None and unknown.title == "Alien & Co"
-
 
 @pytest.mark.parametrize("answers, truths, wanted", [
     (["a"], ("a",), 1.0), ([], ("a",), 0.0), (["x", "a"], ("a",), 1 / math.log2(3)), ([None], ("a",), 0.0),
@@ -91,10 +69,8 @@ def test_answers_ndcg_by_hand(answers, truths, wanted):
 
 # --- reasoning-aware advantages ---
 
-
 def characters(text):
     return [(n, n + 1) for n in range(len(text))]
-
 
 def penalised(text, title, reward=1.0, correct=False, penalty=0.3, others=()):
     """The characters whose reward is lower, as text."""
@@ -102,7 +78,6 @@ def penalised(text, title, reward=1.0, correct=False, penalty=0.3, others=()):
     lower = reward - penalty * abs(reward)
     assert all(v == pytest.approx(reward) or v == pytest.approx(lower) for v in values)
     return "".join(c for c, v in zip(text, values) if v < reward)
-
 
 @pytest.mark.parametrize("text, title, wanted", [
     ("A good one.\nHeat fits.\n\\boxed{Heat}", "Heat", "Heat fits."),
@@ -114,51 +89,30 @@ def penalised(text, title, reward=1.0, correct=False, penalty=0.3, others=()):
     ("Heat (1986) fits\n\\boxed{Heat (1995)}", "Heat (1995)", ""),
     ("Heated, Wheat\nbut Heat.\n\\boxed{Heat}", "Heat", "but Heat."),
     ("Heat\n\\boxed{Heat}\nHeat again\n\\boxed{Up} Heat", "Heat", "HeatHeat again"),  # two boxes: both exempt
+    ("Alien & Co fits\n\\boxed{\\text{Alien \\& Co}}", "Alien & Co", "Alien & Co fits"),
     ("Heat fits, no box", "", ""), ("", "Heat", ""), ("\n\n", "Heat", ""),
-    ("Heat\n\\boxed{\nHeat}", "Heat", "Heat"),  # a box over two lines
-])
+    ("Heat\n\\boxed{\nHeat}", "Heat", "Heat")])  # a box over two lines
 def test_segment_rewards_by_hand(text, title, wanted):
     assert penalised(text, title) == wanted
     assert penalised(text, title, correct=True) == penalised(text, title, penalty=0.0) == ""
 
-
-def test_a_box_that_names_no_candidate_is_penalised_too():
-    """The paragraphs that name what was boxed, in plain text, pay; others do not."""
-    text = "Alien & Co fits.\nHeat does not.\n\\boxed{\\text{Alien \\& Co}}"
-    judged = rerec.score_response(text, request(movies("Heat", "Up")))
-    assert judged.answers == (None,) and judged.reward == pytest.approx(0.05)
-    found = penalised(text, judged.title, judged.reward, judged.correct, others=["Heat", "Up"])
-    assert found == "Alien & Co fits."
-
-
-def test_titles_that_contain_one_another():
-    titles = ["Alien", "Alien 3", "Aliens"]
-    text = "Alien 3 fits.\nAliens too.\nAlien fits.\n\\boxed{Alien}"
-    assert penalised(text, "Alien", others=titles) == "Alien fits."
-    assert penalised(text, "Alien 3", others=titles) == "Alien 3 fits."
-    text = "Alien 3 and Alien\n\\boxed{Alien}"
-    assert penalised(text, "Alien", others=titles) == "Alien 3 and Alien"
+@pytest.mark.parametrize("text, title, wanted", [
+    ("Alien 3 fits.\nAliens too.\nAlien fits.", "Alien", "Alien fits."),
+    ("Alien 3 fits.\nAliens too.\nAlien fits.", "Alien 3", "Alien 3 fits."),
+    ("Alien 3 and Alien", "Alien", "Alien 3 and Alien"),
     # Those with a year are named without it, too.
-    dated = ["Alien (1979)", "Alien 3 (1992)", "Aliens (1986)", "Alien (2003)"]
-    text = "Alien 3 fits.\nAlien 3 (1992) too.\nAlien fits.\nAlien (2003), no.\n\\boxed{Alien (1979)}"
-    assert penalised(text, "Alien (1979)", others=dated) == "Alien fits."
-    assert penalised(text, "Alien 3 (1992)", others=dated) == "Alien 3 fits.Alien 3 (1992) too."
-    for named in ("Heat", "Heat (1995)"):
-        for title in ("Heat", "Heat (1995)"):
-            found = penalised(f"{named} fits", title, others=["Heat", "Heat (1995)"])
-            assert found == (f"{named} fits" if named == title else "")
-
-
-def test_a_penalty_is_never_a_gift():
-    values = rerec.segment_rewards("Heat\nno", characters("Heat\nno"), -0.5, "Heat", False, 0.3)
-    assert values[:4] == [pytest.approx(-0.65)] * 4 and values[5:] == [-0.5] * 2
-
+    ("Up 3 fits.\nUp 3 (1992) too.\nUp fits.\nUp (2003), no.", "Up (1979)", "Up fits."),
+    ("Up 3 fits.\nUp 3 (1992) too.\nUp fits.\nUp (2003), no.", "Up 3 (1992)", "Up 3 fits.Up 3 (1992) too."),
+    ("Heat fits", "Heat (1995)", ""), ("Heat (1995) fits", "Heat", "")])
+def test_titles_that_contain_one_another(text, title, wanted):
+    titles = ["Alien", "Alien 3", "Aliens", "Up (1979)", "Up 3 (1992)", "Up (2003)", "Heat", "Heat (1995)"]
+    assert penalised(f"{text}\n\\boxed{{{title}}}", title, others=titles) == wanted
 
 def test_a_token_across_a_line_end_belongs_to_the_paragraph_it_touches():
     text, offsets = "Heat.\nUp\n\\boxed{Heat}", [(0, 4), (4, 6), (6, 8), (8, 15), (15, 21), (21, 21)]
-    values = rerec.segment_rewards(text, offsets, 1.0, "Heat", False, 0.3)
-    assert values == [pytest.approx(v) for v in (0.7, 0.7, 1.0, 1.0, 1.0, 1.0)]
-
+    for reward, lower in ((1.0, 0.7), (-0.5, -0.65)):  # never a gift
+        values = rerec.segment_rewards(text, offsets, reward, "Heat", False, 0.3)
+        assert values == pytest.approx([lower] * 2 + [reward] * 4)
 
 @pytest.mark.parametrize("text", [
     "plain words\nand lines\r\n\\boxed{x}", "Amélie 映画 🎬🎬 naïve\nЖук", "  spaces  \t\n\n", "",
@@ -170,23 +124,10 @@ def test_token_offsets_cover_the_text(tokenizer, text):
     for ids in (whole, single):
         found, offsets = rerec.token_offsets(tokenizer, ids + [tokenizer.eos_token_id])
         assert found == text and len(offsets) == len(ids) + 1 and offsets[-1] == (len(text), len(text))
-        end, previous = 0, None
-        for i, (a, b) in zip(ids, offsets):
-            assert a == end or (a, b) == previous  # the next span, or the character of the token before
-            end, previous = b, (a, b)
+        for i, (a, b), before in zip(ids, offsets, [(0, 0), *offsets]):
+            assert a == before[1] or (a, b) == before  # the next span, or the character of the token before
             piece = tokenizer.decode([i])
             assert "\ufffd" in piece or piece == text[a:b]
-        assert end == len(text)
-
-
-def test_token_offsets_of_broken_bytes_and_long_texts(tokenizer):
-    for n in (1, 3, 50, 400):
-        ids = torch.randint(3, len(tokenizer), (n,)).tolist()  # most sequences of bytes are no text
-        text, offsets = rerec.token_offsets(tokenizer, ids)
-        assert len(offsets) == n and offsets[-1][1] == len(text) and all(a <= b for a, b in offsets)
-        # Each begins where the one before began or ended.
-        assert all(y[0] in x for x, y in zip(offsets, offsets[1:]))
-
 
 def test_token_offsets_where_a_first_space_is_dropped():
     """As decoders of the SentencePiece kind do: a token's text depends on whether others stand before it."""
@@ -195,25 +136,19 @@ def test_token_offsets_where_a_first_space_is_dropped():
     text, offsets = rerec.token_offsets(decoder, list(range(60)))
     assert text == "".join(words).lstrip() and [text[a:b] for a, b in offsets] == ["w0", *words[1:]]
 
-
 def test_group_advantages_by_brute_force():
     r = torch.randn(5, 9)
     mask = torch.arange(9) < torch.tensor([9, 1, 4, 0, 7])[:, None]
     values = [r[i, t].item() for i in range(5) for t in range(9) if mask[i, t]]
-    mean = sum(values) / len(values)
-    std = (sum((v - mean)**2 for v in values) / len(values))**0.5
+    mean, std = statistics.mean(values), statistics.pstdev(values)
     wanted = torch.where(mask, (r - mean) / (std + 1e-6), 0.0)
     found = rerec.group_advantages(r, mask)
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
     floor = rerec.group_advantages(r, mask, 2 * std)
     torch.testing.assert_close(floor, wanted * (std + 1e-6) / (2 * std + 1e-6), atol=1e-6, rtol=0)
     assert torch.equal(rerec.group_advantages(r, mask, std / 2), found)
-    assert not rerec.group_advantages(torch.full((4, 3), 1.07), torch.ones(4, 3, dtype=torch.bool)).any()
-    assert not rerec.group_advantages(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool)).any()
-
-
-# --- the curriculum ---
-
+    for alike in (torch.ones(4, 3, dtype=torch.bool), torch.zeros(4, 3, dtype=torch.bool)):
+        assert not rerec.group_advantages(torch.full((4, 3), 1.07), alike).any()
 
 def play(queue, difficulty):
     """One epoch: its batches in order, every query recorded with the difficulty given."""
@@ -223,7 +158,6 @@ def play(queue, difficulty):
         for i in batches[-1]:
             queue.record(i, [1 - difficulty[i]])
     return batches
-
 
 def test_curriculum_by_hand():
     queue = rerec.CurriculumQueue(list("abcdefg"), 3, tau=0.1)
@@ -236,17 +170,13 @@ def test_curriculum_by_hand():
     assert play(queue, dict.fromkeys("abcdefg", 0.0)) == [list("cga"), ["e"]]  # f too: drops add up
     assert play(queue, first) == [list("abc"), list("egd"), ["f"]]  # none would be left: all return
     assert not queue.dropped
-    queue.record("b", [1.0, 0.5, 0.0])
-    assert queue.difficulty["b"] == pytest.approx(0.5)
     queue = rerec.CurriculumQueue(list("abc"), 2, tau=0.5)
     play(queue, {"a": 0.0, "b": 0.6, "c": 0.0})  # one would be left, less than a batch: all return
     assert queue.next_batch() == ["a", "c"] and not queue.dropped
-    with pytest.raises(ValueError, match="unique"):
-        rerec.CurriculumQueue(["a", "a"], 1)
-
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_curriculum_goes_on_where_it_was_saved(enabled):
+    """Switched off, every epoch holds all requests, in another order."""
     def batches(save_at=None):
         queue = rerec.CurriculumQueue(list("abcdefghijk"), 4, enabled=enabled)
         rng, found = random.Random(0), []
@@ -261,22 +191,15 @@ def test_curriculum_goes_on_where_it_was_saved(enabled):
         return found
 
     assert all(batches(save_at) == batches() for save_at in range(12))
-
-
-def test_without_curriculum_every_epoch_holds_all_in_another_order():
-    queue = rerec.CurriculumQueue(list(range(50)), 8, enabled=False, seed=3)
-    epochs = [sum(play(queue, dict.fromkeys(range(50), 0.0)), []) for _ in range(2)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(50))
-    assert epochs[0] != epochs[1] != list(range(50))
+    first, second = sum(batches()[:3], []), sum(batches()[3:6], [])
+    assert enabled or sorted(first) == sorted(second) == list("abcdefghijk") and first != second
 
 
 # --- the step ---
 
-
 @pytest.fixture(scope="module")
 def queries(builder):
     return builder.draw("train", 3)
-
 
 @pytest.fixture(scope="module")
 def rollout(model_and_tokenizer, queries):
@@ -292,7 +215,6 @@ def rollout(model_and_tokenizer, queries):
         found.responses[4 * n:4 * n + 2] = tokenizer(answers).input_ids
     return found
 
-
 def take_step(model, tokenizer, builder, queries, args, reference=None, **recorder):
     """(gradients of each update, metrics, the queue) of rerec.train_step on a copy of the model."""
     model, queue = copy.deepcopy(model), rerec.CurriculumQueue([q.id for q in queries], 3)
@@ -301,30 +223,19 @@ def take_step(model, tokenizer, builder, queries, args, reference=None, **record
     metrics = rerec.train_step(model.train(), tokenizer, task, queries, kept, args, reference)
     return kept.gradients, metrics, queue
 
-
-def judge(tokenizer, builder, rollout, queries, args):
-    task = rerec.Task(None, rewards.attribute_graph(builder.graph_items()))
-    return rerec.judge(tokenizer, rollout, queries, task, args)
-
-
-def test_judging_a_rollout(tokenizer, builder, rollout, queries):
+def test_judging_a_rollout(tokenizer, rollout, queries):
     """A query's tokens have mean 0 and deviation 1; a paragraph that names the wrong item has less."""
-    judged, advantages = judge(tokenizer, builder, rollout, queries, settings("rerec"))
-    assert [j.correct for j in judged] == [True, False, False, False] * 2 + [False] * 4
-    assert [j.boxed for j in judged] == [True, True, False, False] * 2 + [False] * 4
-    mask = torch.arange(advantages.shape[1]) < torch.tensor(list(map(len, rollout.responses)))[:, None]
-    assert not advantages[~mask].any() and not advantages[8:].any()  # the last four are all alike
-    for a, m in zip(advantages.split(4)[:2], mask.split(4)):
-        assert a[m].mean().abs() < 1e-5 and a[m].std(correction=0) == pytest.approx(1.0, abs=1e-4)
-        assert a[0][0] > a[1][m[1]][-1] > a[1][0] > a[2][0]  # right, wrong box, wrong paragraph, no box
-    other = settings("rerec", min_std=100.0, reward_weights={"format": 1.1})
-    weighted, calm = judge(tokenizer, builder, rollout, queries, other)
-    assert [b.reward - a.reward for a, b in zip(judged[:3], weighted)] == pytest.approx([0.5, 0.5, -0.5])
-    assert 0 < calm.abs().max() < 0.02
-
+    _, advantages = rerec.judge(tokenizer, rollout, queries, rerec.Task(None), settings("rerec"))
+    assert not advantages[8:].any()  # these are all alike
+    for n in (0, 4):
+        rows = [a[:len(r)] for a, r in zip(advantages[n:n + 4], rollout.responses[n:])]
+        assert torch.cat(rows).mean().item() == pytest.approx(0, abs=1e-5)
+        assert torch.cat(rows).std(correction=0).item() == pytest.approx(1, abs=1e-4)
+        right, wrong, unboxed, _ = rows
+        assert right[0] > wrong[-1] > wrong[0] > unboxed[0]
 
 @pytest.mark.parametrize("changes", [
-    {}, {"temperature": 0.7}, {"kl_coef": 0.3, "temperature": 0.7}, {"kl_coef": 0.3, "ppo_epochs": 2},
+    {}, {"kl_coef": 0.3, "temperature": 0.7}, {"kl_coef": 0.3, "ppo_epochs": 2},
     {"raae_penalty": 0.0, "min_std": 2.0, "reward_weights": {"query_alignment": 1.0}}],
     ids=lambda changes: "-".join(changes) or "default")
 def test_a_step_follows_the_written_objective(
@@ -336,7 +247,9 @@ def test_a_step_follows_the_written_objective(
     for p in moved.parameters():
         p.data += 0.01 * torch.randn_like(p)
     found, metrics, queue = take_step(model, tokenizer, builder, queries, args, moved, rate=0.3)
-    judged, advantages = judge(tokenizer, builder, rollout, queries, args)
+    task = rerec.Task(None, rewards.attribute_graph(builder.graph_items()))
+    judged, advantages = rerec.judge(tokenizer, rollout, queries, task, args)
+    assert [j.correct for j in judged] == [True, False, False, False] * 2 + [False] * 4
     model, old = copy.deepcopy(model), None
     kept = Recorder(model, rate=0.3)
     with torch.no_grad():
@@ -357,14 +270,13 @@ def test_a_step_follows_the_written_objective(
     assert [queue.difficulty[q.id] for q in queries] == [0.75, 0.75, 1.0] and metrics["dead_groups"] == 1
     assert 0 < metrics["clipped"] < 1 if args.ppo_epochs == 2 else metrics["clipped"] == 0
 
-
 def test_what_must_not_change_a_step(model, tokenizer, builder, queries, rollout, monkeypatch):
     """Micro-batches, the shared prefix, the order of queries, what is computed beyond a response's end."""
     replay(monkeypatch, rollout)
     args = settings("rerec", group_size=4, kl_coef=0.3, ppo_epochs=2)
     wanted, metrics, _ = take_step(model, tokenizer, builder, queries, args, model, rate=0.3)
     pad_logprobs(monkeypatch)
-    for micro_batch, share, order in ((1, True, 1), (4, False, -1), (100, True, -1), (100, False, 1)):
+    for micro_batch, share, order in ((1, True, 1), (4, False, -1), (100, True, -1)):
         monkeypatch.setattr(policy, "SHARE_PREFIX", share)
         args.micro_batch = micro_batch
         found, again, _ = take_step(model, tokenizer, builder, queries[::order], args, model, rate=0.3)
@@ -372,19 +284,17 @@ def test_what_must_not_change_a_step(model, tokenizer, builder, queries, rollout
         for name in ("token_loss", "kl", "clipped", "entropy", "reward", "difficulty"):
             assert again[name] == pytest.approx(metrics[name], abs=1e-4), name
 
-
 def test_shares_of_a_step_add_up_to_the_whole(model, tokenizer, builder, queries, rollout, monkeypatch):
     """As several processes share it, one of them without any query."""
     replay(monkeypatch, rollout)
-    args, tokens = settings("rerec", group_size=4), sum(map(len, rollout.responses))
-    totals = {"responses": 12, "tokens": tokens}
+    args = settings("rerec", group_size=4)
+    totals = {"responses": 12, "tokens": sum(map(len, rollout.responses))}
     (whole,), metrics, _ = take_step(model, tokenizer, builder, queries, args)
     shares = [take_step(model, tokenizer, builder, share, args, totals=totals)
               for share in (queries[:1], queries[1:], [])]
     assert close(sum(gradient for (gradient,), _, _ in shares), whole) and not shares[2][0][0].any()
-    for name in ("reward", "accuracy", "token_loss", "format_rate", "truncated", "dead_groups"):
+    for name in ("reward", "accuracy", "token_loss", "dead_groups"):
         assert sum(found[name] for _, found, _ in shares) == pytest.approx(metrics[name], abs=1e-5)
-
 
 def test_groups_without_advantage_are_skipped_unless_they_pay_their_kl(
         model, tokenizer, builder, queries, rollout, monkeypatch):
@@ -395,15 +305,3 @@ def test_groups_without_advantage_are_skipped_unless_they_pay_their_kl(
         seen.clear()
         take_step(model, tokenizer, builder, queries, settings("rerec", group_size=4, kl_coef=kl_coef), model)
         assert len(seen) - 12 == rows  # 12 in sampling, as `replay` does it
-
-
-# --- answers ---
-
-
-def test_greedy_answers_are_judged_without_shaping(model, tokenizer, queries, rollout, monkeypatch):
-    first = policy.Rollout(rollout.prompts, 1, rollout.responses[::4])
-    replay(monkeypatch, first)
-    found = rerec.answer(model, tokenizer, queries, settings("rerec"))
-    assert [length for _, _, length in found] == list(map(len, first.responses))
-    assert [judged.correct for _, judged, _ in found] == [True, True, False]
-    assert all(judged == rerec.score_response(text, q) for q, (text, judged, _) in zip(queries, found))

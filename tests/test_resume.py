@@ -1,5 +1,6 @@
 """A run that is killed, interrupted or damaged goes on as if it had not been, or one line says why not."""
 
+import contextlib
 import itertools
 import os
 import random
@@ -13,17 +14,14 @@ from pathlib import Path
 import pytest
 
 import data
-import r2r
-import train
 from extras import queries, report
 from extras.flags import parse_train_flags
-from runs import (METHODS, ROOT, SMALL, fork, main, refusal, run_train, run_with_states,  # noqa: F401
-                  same, small_run)
+from runs import METHODS, ROOT, SMALL, refusal, run_train, run_with_states, same, small_run
+from runs import fork  # noqa: F401
 
 MORE = {"r2rank": ["--pl", "sample", "--kl-coef", "0.1", "--eval-samples", "2"],
         "rerec": ["--kl-coef", "0.1", "--group-size", "3"]}
-KILLS = int(os.environ.get("R2RANK_KILLS", 3))  # of each kind; 20 are tried by hand
-
+KILLS = int(os.environ.get("R2RANK_KILLS", 2))  # of each kind; 20 are tried by hand
 
 def moment(rng, kind, out, seconds):
     """When to kill a run: at any time, or when a file that is not there yet begins to be written."""
@@ -32,9 +30,7 @@ def moment(rng, kind, out, seconds):
     names = ("state.tmp", "reference.pt", "checkpoint.tmp", "eval.json")
     return {"pattern": out / rng.choice([n for n in names if not (out / n).exists()])}
 
-
-@pytest.mark.parametrize("method, kind", [("r2rank", "at any time"), ("rerec", "at any time"),
-                                          ("r2rank", "while saving")])
+@pytest.mark.parametrize("method, kind", [("r2rank", "while saving"), ("rerec", "at any time")])
 def test_a_killed_run_goes_on_as_if_it_had_not_been(fork, tmp_path, method, kind):
     flags, begun = [*METHODS[method], *MORE[method]], time.time()
     codes, printed = fork("runs.main", *flags, "--out", tmp_path / "whole")
@@ -53,11 +49,10 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(fork, tmp_path, method, kind
         assert codes == [0], printed
         same(tmp_path / "whole", out)
         if kills >= KILLS:
-            return
+            break
     assert kills, "no run could be killed"
 
-
-@pytest.mark.parametrize("state", [("sft", 2), ("sft", 3), ("rl", 0), ("rl", 2)])
+@pytest.mark.parametrize("state", [("sft", 2), ("rl", 0), ("rl", 2)])
 @pytest.mark.parametrize("method", METHODS)
 def test_each_state_leads_to_the_same_end(tmp_path, tmp_path_factory, method, state):
     """Also where steps after it have been logged already."""
@@ -68,27 +63,24 @@ def test_each_state_leads_to_the_same_end(tmp_path, tmp_path_factory, method, st
     run_train("--resume", out)
     same(run.folder, out)
 
-
 def test_a_run_stopped_between_two_changes_of_its_files_goes_on(tmp_path, tmp_path_factory):
     """At its end, when checkpoint and reports are written: before the first change, before the second, ..."""
-    def stop_at(turn, function):
-        def stopping(*args, **settings):
-            if next(turn) == 0:
-                raise RuntimeError("killed")
-            return function(*args, **settings)
-        return stopping
+    class Killed(Exception):
+        pass
 
     run = small_run("r2rank", tmp_path_factory)
     for number in itertools.count():
         out, turn = shutil.copytree(run.states["rl", 3], tmp_path / f"r{number}"), itertools.count(-number)
-        with pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
             for module, name in ((os, "rename"), (os, "replace"), (shutil, "rmtree"), (Path, "unlink"),
                                  (report, "write_result")):
-                patch.setattr(module, name, stop_at(turn, getattr(module, name)))
-            try:
-                run_train("--resume", out)
-            except RuntimeError as error:
-                assert str(error) == "killed"
+                def stopping(*args, original=getattr(module, name), **settings):
+                    if next(turn) == 0:
+                        raise Killed
+                    return original(*args, **settings)
+
+                patch.setattr(module, name, stopping)
+            run_train("--resume", out)
         if (out / "state.pt").exists():
             run_train("--resume", out)
         same(run.folder, out)
@@ -96,10 +88,9 @@ def test_a_run_stopped_between_two_changes_of_its_files_goes_on(tmp_path, tmp_pa
             break
     assert number > 2
 
-
 def test_who_stops_a_run_reads_how_to_go_on(tmp_path):
-    """By SIGTERM, as clusters do; where --out is not given, too."""
-    command, out = [sys.executable, ROOT / "train.py", *SMALL, "--sft-steps", "4000"], Path("runs/toy-tiny")
+    """By SIGTERM, as clusters do."""
+    command, out = [sys.executable, ROOT / "train.py", *SMALL, "--sft-steps", "4000"], "runs/toy-tiny"
     process = subprocess.Popen(command, cwd=tmp_path, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not (tmp_path / out / "state.pt").exists():
@@ -108,26 +99,7 @@ def test_who_stops_a_run_reads_how_to_go_on(tmp_path):
     process.terminate()
     printed, error = process.communicate(timeout=300)
     assert process.returncode == 130 and "Traceback" not in error
-    assert f"python train.py --resume {out}\n" in printed + error
-    assert train.read_state(tmp_path / out)["step"] >= 2
-
-
-@pytest.mark.parametrize("saved", [True, False])
-def test_ctrl_c(tmp_path, monkeypatch, capsys, saved):
-    """A run with a state can go on; one without leaves nothing."""
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(r2r, "train_step" if saved else "roll_out", interrupt)
-    with pytest.raises(SystemExit) as ended:
-        main(*SMALL, "--sft-steps", "0", "--warmup-steps", "0", "--out", tmp_path / "r")
-    printed = capsys.readouterr().out
-    assert ended.value.code == 130 and (f"--resume {tmp_path}/r\n" in printed) == saved
-    assert (tmp_path / "r").exists() == saved
-
-
-# --- what resume refuses --------------------------------------------------------------------------------
-
+    assert f"python train.py --resume {out}\n" in printed
 
 @pytest.fixture
 def state(tmp_path, tmp_path_factory):
@@ -135,37 +107,30 @@ def state(tmp_path, tmp_path_factory):
         return shutil.copytree(small_run(method, tmp_path_factory).states["rl", 2], tmp_path / "r")
     return copy
 
-
 def test_flags_of_another_run_are_refused(state, capsys):
     out = state("rerec")
     assert "--seed 0 -> 1" in refusal(capsys, "--resume", out, "--seed", 1)
     for flag, value in (("--lr", 1), ("--reward-weights", "0,0"), ("--query-kinds", "explicit")):
         assert f"another run: {flag}" in refusal(capsys, "--resume", out, flag, value)
 
-    def flags(*more):
-        return vars(parse_train_flags(["--resume", str(out), *more]))
+    recorded, again, changed = (vars(parse_train_flags(["--resume", str(out), *more])) for more in (
+        [], METHODS["rerec"], ["--micro-batch", "7"]))
+    assert again == recorded and changed == recorded | {"micro_batch": 7}
 
-    recorded = flags()
-    assert recorded["reward_weights"] == {"query_alignment": 0.01, "preference_alignment": 0.0}
-    assert flags(*METHODS["rerec"]) == recorded  # given again is no change
-    assert flags("--micro-batch", "7") == recorded | {"micro_batch": 7}
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("change", ["training", "history", "title"])
+@pytest.mark.parametrize("method, change", [
+    ("rerec", "training"), ("r2rank", "history"), ("r2rank", "title")])
 def test_other_data_are_refused(state, capsys, monkeypatch, method, change):
     """The same users, but other purchases in training or before a test; or a title that reads otherwise."""
     shop, out = data.load("toy"), state(method)
-    users = {user for user, _ in shop.splits["train" if change == "training" else "test"]}
+    items, sequences = dict(shop.items), dict(shop.sequences)
     if change == "title":
-        items = {i: replace(item, title=f"New {item.title}") for i, item in shop.items.items()}
-        other = replace(shop, items=items)
+        items = {i: replace(item, title=f"New {item.title}") for i, item in items.items()}
     else:
-        other = replace(shop, sequences={u: [*s[:-1][::-1], s[-1]] if u in users else s
-                                         for u, s in shop.sequences.items()})
+        users = {user for user, _ in shop.splits["train" if change == "training" else "test"]}
+        sequences |= {u: [*sequences[u][:-1][::-1], sequences[u][-1]] for u in users}
+    other = replace(shop, items=items, sequences=sequences)
     monkeypatch.setattr(data, "load", lambda *_: other)
     assert "not those that the run began with" in refusal(capsys, "--resume", out)
-
 
 def test_other_requests_are_refused(state, capsys, monkeypatch):
     """The same candidates and right items, asked for in other words."""
@@ -174,20 +139,18 @@ def test_other_requests_are_refused(state, capsys, monkeypatch):
         replace(q, text=f"{q.text}!") for q in draw(*a, **k)])
     assert "not those that the run began with" in refusal(capsys, "--resume", state("rerec"))
 
-
 def test_other_lists_to_evaluate_on_are_refused(tmp_path, toy, capsys):
     path, lists = tmp_path / "lists.jsonl", toy.examples("test", 4, 6)
     data.save_lists(path, lists)
-    flags = [*SMALL, "--candidates", path, "--sft-steps", "0", "--warmup-steps", "0", "--steps", "1"]
-    _, states = run_with_states(tmp_path / "r", *flags)
+    flags = ["--candidates", path, "--sft-steps", "0", "--warmup-steps", "0", "--steps", "1"]
+    _, states = run_with_states(tmp_path / "r", *SMALL, *flags)
     data.save_lists(path, [replace(e, relevance=e.relevance[::-1]) for e in lists])
     assert "not those that the run began with" in refusal(capsys, "--resume", states["rl", 0])
-
 
 def test_a_damaged_state_is_named(state, capsys, tmp_path_factory):
     out = state()
     whole = (out / "state.pt").read_bytes()
-    for damaged in (whole[:-1000], whole[:1000], b"", b"not a state\n" * 100):
+    for damaged in (whole[:-1000], b"", b"not a state\n" * 100):
         (out / "state.pt").write_bytes(damaged)
         assert f"{out}/state.pt: cannot be read" in refusal(capsys, "--resume", out)
     (out / "state.pt").unlink()

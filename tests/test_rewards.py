@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import random
 import time
 
 import pytest
@@ -13,59 +12,32 @@ import rewards
 from data import Item
 from rewards import discounted_gains, hit_at_k, ndcg_at_k, parse_answers, parse_boxed, reciprocal_rank
 
-# --- metrics ---
-
-
-def test_binary_ndcg_by_hand():
+def test_ndcg_by_hand():
     assert ndcg_at_k([1, 0, 0], 10) == 1.0
     assert ndcg_at_k([0, 1, 0], 10) == pytest.approx(1 / math.log2(3))
-    assert ndcg_at_k([0, 0, 1], 2) == 0.0
-    assert ndcg_at_k([0, 0, 1], 3) == pytest.approx(0.5)
-
-
-def test_graded_ndcg_by_hand():
+    assert [ndcg_at_k([0, 0, 1], k) for k in (2, 3)] == [0.0, pytest.approx(0.5)]
     # gains 2^y - 1: 3 -> 7, 2 -> 3, 1 -> 1
     dcg = 1 / math.log2(2) + 7 / math.log2(3) + 0 + 3 / math.log2(5)
     ideal = 7 / math.log2(2) + 3 / math.log2(3) + 1 / math.log2(4)
     assert ndcg_at_k([1, 3, 0, 2], 4) == pytest.approx(dcg / ideal)
     assert ndcg_at_k([1, 3, 0, 2], 1) == pytest.approx(1 / 7)
-
-
-def test_ideal_is_over_all_candidates_not_over_the_first_k():
-    assert ndcg_at_k([0, 0, 1, 1], 2) == 0.0
+    # The ideal is over all candidates, not over the first k.
     assert ndcg_at_k([1, 0, 1, 1], 2) == pytest.approx(1 / (1 + 1 / math.log2(3)))
-
 
 def test_ndcg_is_one_only_for_ideal_orders():
     for order in itertools.permutations([0, 0, 1, 2]):
         assert (ndcg_at_k(order, 3) == pytest.approx(1.0)) == (list(order[:2]) == [2, 1])
 
-
-def test_nothing_relevant_is_zero():
-    assert ndcg_at_k([0, 0], 2) == hit_at_k([0, 0], 2) == reciprocal_rank([0, 0]) == 0.0
-    assert ndcg_at_k([], 5) == 0.0
-
-
-def test_hit_and_reciprocal_rank():
+def test_hit_and_reciprocal_rank_and_nothing_relevant():
     assert [hit_at_k([0, 0, 1], k) for k in (1, 2, 3, 10)] == [0, 0, 1, 1]
     assert reciprocal_rank([0, 0, 1, 1]) == pytest.approx(1 / 3)
-
-
-def test_random_ranking_of_twenty():
-    rng = random.Random(0)
-    values = [ndcg_at_k(rng.sample([1] + [0] * 19, 20), 10) for _ in range(20000)]
-    assert sum(values) / len(values) == pytest.approx(0.227, abs=0.005)  # sum of the ten discounts / 20
-
+    assert ndcg_at_k([0, 0], 2) == hit_at_k([0, 0], 2) == reciprocal_rank([0, 0]) == ndcg_at_k([], 5) == 0.0
 
 def test_tensor_form_agrees():
     relevance = torch.tensor([0.0, 2.0, 1.0, 0.0, 3.0])
     gains, discounts, ideal = discounted_gains(relevance, 3)
     found = ((gains[:3] * discounts).sum() / ideal).item()
     assert found == pytest.approx(ndcg_at_k(relevance.tolist(), 3), abs=1e-6)
-
-
-# --- the boxed answer ---
-
 
 @pytest.mark.parametrize("text, wanted", [
     (r"so \boxed{Heat}", "Heat"), (r"\boxed{ a {b} c }!", "a {b} c"), (r"\boxed{A} or \boxed{B}", "A"),
@@ -84,14 +56,11 @@ def test_parse_boxed(text, wanted):
         start, end = rewards.find_box(text)
         assert text[start:end].startswith(r"\boxed{") and text[start + 7:end - 1].strip() == wanted
 
-
 def movies(*titles):
     return [Item(f"m{n}", title) for n, title in enumerate(titles)]
 
-
 def ids(boxed, items):
     return [a and a.id for a in parse_answers(boxed, items)]
-
 
 @pytest.mark.parametrize("boxed, wanted", [
     ("Alien", ["m0"]), (" aliens ", ["m1"]), ('"ALIEN  3"', ["m2"]), ("Ali", [None]),
@@ -100,7 +69,6 @@ def ids(boxed, items):
     ("Alien; Alien; nonsense; Aliens", ["m0", None, "m1"])])
 def test_answers_are_matched_exactly(boxed, wanted):
     assert ids(boxed, movies("Alien", "Aliens", "Alien 3", "Me; Myself", "Myself", "")) == wanted
-
 
 @pytest.mark.parametrize("boxed", [
     r"\text{Tom & Jerry, 100% #1}", r"Tom \& Jerry, 100\% \#1", r"\textbf{Tom \& Jerry, 100\% \#1}",
@@ -111,18 +79,12 @@ def test_dressed_titles_are_found(boxed):
     assert ids(parse_boxed(rf"\boxed{{{boxed}}}"), items) == ["m0"]
     assert ids(boxed + "; Tom & Jerry", items) == ["m0", "m1"]
 
-
-def test_an_escaped_underscore_is_found():
-    assert ids(r"snake\_case", movies("Other", "snake_case")) == ["m1"]
-
-
 def test_a_year_may_be_left_out_where_it_tells_nothing_apart():
     items = movies("Heat (1995)", "Ronin (1998)", "Heat (1986)", "Up", "Alien (1979)", "Alien")
     assert ids("Ronin", items) == ids("Ronin (1998)", items) == ["m1"]
     assert ids("Heat (1986)", items) == ["m2"] and ids("Heat (1995)", items) == ["m0"]
     assert ids("Heat", items) == ids("Ronin (2001)", items) == ids("Up (2009)", items) == [None]
     assert ids("Alien", items) == ["m5"] and ids("Alien (1979)", items) == ["m4"]  # the very title goes first
-
 
 def test_shown_titles_hold_no_answer_and_are_found_again():
     """Titles that spell a box, break the line or leave braces open are defused where prompts show them."""
@@ -134,10 +96,6 @@ def test_shown_titles_hold_no_answer_and_are_found_again():
         text = f"I like {shown}.\n\\boxed{{{shown}}}"
         assert parse_answers(parse_boxed(text), items) == [item]
 
-
-# --- parsing takes time in proportion to the text ---
-
-
 def seconds(function, *arguments):
     """Of processor time, whatever else runs on the machine; the best of three."""
     best = math.inf
@@ -146,7 +104,6 @@ def seconds(function, *arguments):
         function(*arguments)
         best = min(best, time.process_time() - started)
     return best
-
 
 @pytest.mark.parametrize("text", [
     "\\boxed{", "{", "}", "{}", "\\boxed{}", "\\boxed{A}", "A;b;", "\\text{", "\\text", "*", " ", "(1994)",
@@ -161,19 +118,7 @@ def test_reading_an_answer_takes_linear_time(text, frame):
     small, large = seconds(read, 1000), seconds(read, 4000)
     assert large < 9 * small + 0.01  # 16 times as much where time is quadratic
 
-
-def test_nested_boxes_take_linear_time():
-    def read(n):
-        rewards.find_box("\\boxed{" * n + "x" + "}" * n)
-
-    assert seconds(read, 4000) < 9 * seconds(read, 1000) + 0.01
-
-
-# --- alignment ---
-
-
 GRAPH = {"m0": frozenset("abcd"), "m1": frozenset("ab"), "m2": frozenset("xy"), "m3": frozenset("bc")}
-
 
 def test_query_alignment_by_hand():
     for predicted, truths, wanted in (
@@ -184,7 +129,6 @@ def test_query_alignment_by_hand():
     graph = rewards.attribute_graph([Item("i", "I", {"a": ("x", "y"), "b": ("x",)})])
     assert graph == {"i": {("a", "x"), ("a", "y"), ("b", "x")}}
 
-
 def test_preference_alignment_by_hand():
     vectors = {"m0": [3.0, 4.0], "m1": [4.0, 3.0], "m2": [-3.0, -4.0]}
     embeddings = {item: torch.tensor(v) for item, v in vectors.items()}
@@ -192,7 +136,6 @@ def test_preference_alignment_by_hand():
             ("m1", ["m0"], 24 / 25), ("m0", ["m2"], -1.0), ("no", ["m0"], 0.0), (None, ["m0"], 0.0),
             ("m0", ["no"], 0.0), ("m0", ["m2", "m1", "no"], 24 / 25)):
         assert rewards.preference_alignment(predicted, truths, embeddings) == pytest.approx(wanted)
-
 
 def test_item_embeddings_see_training_alone_and_are_kept(toy, tmp_path, monkeypatch):
     """Items that only test users chose have none; nothing is trained twice; a broken file is made anew."""

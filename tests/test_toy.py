@@ -10,12 +10,11 @@ import data
 import policy
 import r2r
 import rerec
-from data import InputError, Item, Query, attribute_pairs
+from data import InputError, Item, attribute_pairs
 from extras import tasks
 from extras.queries import QueryBuilder
 from extras.toy import add_words, answer_trace, favour_copying, judge_trace, look_up_exercise
 from steps import settings
-
 
 def test_a_trace_about_a_candidate_by_hand():
     past = [Item(b + k, "", {"brand": (b,), "kind": ("All", k)}) for b, k in ("Ax", "Ay", "Bx")]
@@ -23,8 +22,6 @@ def test_a_trace_about_a_candidate_by_hand():
     assert judge_trace(past, liked) == ("In the history: brand A 2, kind y 1.\n<answer>yes</answer>", True)
     assert judge_trace(past, other) == ("In the history: brand C 0, kind x 2.\n<answer>no</answer>", False)
     assert judge_trace(past, other, reasoning=False) == ("<answer>no</answer>", False)
-    assert judge_trace(past, Item("c", "no attributes"))[1] is False
-
 
 def claims(lines, candidates):
     """[pairs], [items] of lines such as `brand Avelle TITLE`, all of them true."""
@@ -32,7 +29,6 @@ def claims(lines, candidates):
     pairs = [tuple(line.removesuffix(f" {x.title}").split()) for line, x in zip(lines, items)]
     assert all(pair in attribute_pairs(item) for pair, item in zip(pairs, items))
     return pairs, items
-
 
 def test_traces_about_a_request_are_true_and_in_format(toy):
     """First of any candidate, then for each condition of one that meets it and those before."""
@@ -50,33 +46,17 @@ def test_traces_about_a_request_are_true_and_in_format(toy):
         assert len(claims(look_up_exercise(q, rng).split("\n"), q.candidates)[0]) == 16
     assert 25 < right < 100 < first_named < 150  # three times in five the first: it is seldom right
 
-
-def test_a_teacher_claims_nothing_that_no_candidate_shows():
-    """RecBench+: who stars in a film stands in a request, and not in the catalogue."""
-    films = [Item(f"m{n}", f"Film {n}", {"genre": ("War" if n < 3 else "Western",)}) for n in range(8)]
-    conditions = ("starring", "Tom Hanks"), ("genre", "War")
-    query = Query("q", "", "explicit", 2, films, ("m0",), conditions=conditions)
-    for seed in range(20):
-        _, line, _ = answer_trace(query, random.Random(seed)).split("\n")
-        assert line in {f"genre War Film {n}" for n in range(3)}
-
-
-# --- lessons ---
-
-
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory):
     """A RecBole folder with times and ratings: 12 users, 8 of 40 items each."""
     folder, rng = tmp_path_factory.mktemp("shop"), random.Random(0)
-    items, rows = [f"{i}\tthing {i}\tc{i % 4}\n" for i in range(40)], []
-    for u in range(12):
-        chosen = enumerate(rng.sample(range(40), 8))
-        rows += [f"u{u}\t{i}\t{i % 5}\t{10**9 + 10**6 * t + u}\n" for t, i in chosen]
+    items = [f"{i}\tthing {i}\tc{i % 4}\n" for i in range(40)]
+    rows = [f"u{u}\t{i}\t{i % 5}\t{10**9 + 10**6 * t + u}\n"
+            for u in range(12) for t, i in enumerate(rng.sample(range(40), 8))]
     (folder / "shop.item").write_text("item_id:token\ttitle:token_seq\tcolour:token\n" + "".join(items))
     header = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
     (folder / "shop.inter").write_text(header + "".join(rows))
     return data.load(str(folder))
-
 
 def test_lessons_are_one_yes_to_two_no_and_never_of_a_held_out_pair(tokenizer, shop, monkeypatch):
     """The prompts are RL's, of the list's history with times and ratings."""
@@ -95,7 +75,6 @@ def test_lessons_are_one_yes_to_two_no_and_never_of_a_held_out_pair(tokenizer, s
         held_out = {x.item_id for x in shop.sequences[e.user][-2:]}
         assert not held_out & {x.id for x in e.history + e.candidates} and all(x.ago for x in e.history)
 
-
 def test_lessons_of_a_file_have_the_prompts_of_rl(tokenizer, shop, tmp_path):
     """A byte-order mark, what only looks like a line's end, blank lines, labels as text, ids as numbers."""
     path, args, wanted, lines = tmp_path / "traces.jsonl", settings(history_length=3), {}, []
@@ -110,15 +89,13 @@ def test_lessons_of_a_file_have_the_prompts_of_rl(tokenizer, shop, tmp_path):
     path.write_bytes(f"\ufeff{text}\n\n  \n".encode())
     found = tasks.recorded_lessons(shop, tokenizer, path, args)(1)
     assert {text: prompt for prompt, (text,) in found} == wanted and len(found) == 6
-    wrong = ("label", 2), ("label", None), ("candidate", "x"), ("trace", 5), ("user", "x"), ("history", 3)
-    for text in [json.dumps(lines[0] | {name: value}) for name, value in wrong] + ["[" * 100_000, "{", "5"]:
-        path.write_text(json.dumps(lines[0]) + "\n" + text)
+    for name, value in (("label", 2), ("candidate", "x"), ("trace", 5), ("user", "x"), ("history", ["x"])):
+        path.write_text("\n".join(map(json.dumps, [lines[0], lines[0] | {name: value}])))
         with pytest.raises(InputError, match="traces.jsonl line 2"):
             tasks.recorded_lessons(shop, tokenizer, path, args)
     path.write_text(json.dumps(lines[1] | {"trace": "<answer>yes</answer>"}))  # wrong: it teaches nothing
     with pytest.raises(InputError, match="1 yes to 2 no"):
         tasks.recorded_lessons(shop, tokenizer, path, args)
-
 
 def test_lessons_on_requests_are_on_others_than_those_of_rl(tokenizer, toy):
     builder = QueryBuilder(toy, max_conditions=2)
@@ -126,24 +103,17 @@ def test_lessons_on_requests_are_on_others_than_those_of_rl(tokenizer, toy):
     lessons = tasks.query_lessons(builder, tokenizer, settings("rerec"))
     assert not any(prompt.prefix_ids in trained for step in (1, 2) for prompt, _ in lessons(step))
 
-
-# --- tiny models ---
-
-
 def test_added_words_are_one_token_each_and_alike_to_their_pieces(toy):
     """n nearly orthogonal pieces / sqrt(n), half a random vector: a cosine of 1 / sqrt(1.25 n) with each."""
     (model, tokenizer), (_, plain) = (policy.load("tiny", texts=toy.texts()) for _ in range(2))
     titles = [f" {x.title}" for x in toy.items.values()]
     add_words(model, tokenizer, titles)
     ids = tokenizer.convert_tokens_to_ids(titles)
-    read, text = tokenizer(f"-{titles[0]}\n-{titles[7]}!").input_ids, f"-{titles[0]}\n-{titles[7]}!"
-    assert tokenizer.decode(read) == text and {ids[0], ids[7]} < {*read}
+    assert ids[7] in tokenizer(f"-{titles[7]}!").input_ids
     weight = torch.nn.functional.normalize(model.get_input_embeddings().weight.detach(), dim=1)
     gaps = torch.stack([weight[i] @ weight[piece] - (1.25 * len(pieces)) ** -0.5
                         for i, pieces in zip(ids, plain(titles).input_ids) for piece in pieces])
     assert gaps.mean().abs() < 0.02 and gaps.abs().max() < 0.3
-    assert (weight[:300] @ weight[ids[0]]).abs().median() < 0.1
-
 
 def test_copying_heads_attend_so_many_tokens_back(toy):
     model, tokenizer = policy.load("tiny", texts=toy.texts())

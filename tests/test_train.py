@@ -2,53 +2,42 @@
 
 import json
 import math
-import os
-import re
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-import data
 import policy
 import r2r
 import rerec
 import train
 from data import InputError
 from extras import tasks
-from extras.flags import DEFAULTS, parse_eval_flags, parse_train_flags
-from runs import (METHODS, ROOT, SMALL, metrics, refusal, run_train, run_with_states, small,  # noqa: F401
-                  small_run)
-
-# --- a run ----------------------------------------------------------------------------------------------
-
+from extras.flags import DEFAULTS, parse_train_flags
+from runs import METHODS, ROOT, SMALL, metrics, refusal, run_train, run_with_states, same, small_run
+from runs import small  # noqa: F401
+from steps import plain_row
 
 def test_a_run_leaves_its_files(small, toy):
     names = {"config.json", "metrics.jsonl", "eval.json", "result.json", "checkpoint"}
     assert {p.name for p in small.folder.iterdir()} == names
     config, report, result = (json.loads((small.folder / f"{n}.json").read_text())
                               for n in ("config", "eval", "result"))
-    method = config["flags"]["method"]
-    default = DEFAULTS["lr"][2 * (method == "rerec")]
-    assert config["flags"]["group_size"] == 2 and config["flags"]["lr"] == default
-    assert config["seed"] == 0 and config["versions"]["torch"] == torch.__version__
-    rows = metrics(small.folder)
+    method, (*_, last) = config["flags"]["method"], metrics(small.folder)
+    assert config["flags"]["group_size"] == 2 and config["versions"]["torch"] == torch.__version__
+    assert config["flags"]["lr"] == DEFAULTS["lr"][2 * (method == "rerec")]
     warmup = ["warmup"] * (method == "r2rank")
-    assert [r["stage"] for r in rows] == ["sft"] * 3 + warmup + ["rl"] * 3
-    last = rows[-1]
+    assert [r["stage"] for r in metrics(small.folder)] == ["sft"] * 3 + warmup + ["rl"] * 3
     assert 0 <= last["utility" if method == "r2rank" else "accuracy"] <= 1 and last["clipped"] == 0
     assert 0 < last["length"] <= 12 and last["tokens"] > 0 and last["grad_norm"] >= 0
-    for name in report["systems"]:
-        assert f"\n{name} " in small.printed or f" {name}" in small.printed
+    assert all(name in small.printed for name in report["systems"])
     # what tables are made of: the same numbers, how long it took, nothing of this machine
     assert result["systems"] == report["systems"] and result["lists"] == report["lists"]
     assert set(result["seconds"]) == {"sft", *warmup, "rl", "all"}
     assert str(small.folder.parent) not in (small.folder / "result.json").read_text()
-
 
 def test_the_checkpoint_is_an_ordinary_folder(small, toy):
     model, tokenizer, head = r2r.load_checkpoint(small.folder / "checkpoint")
@@ -56,28 +45,18 @@ def test_the_checkpoint_is_an_ordinary_folder(small, toy):
     assert bool(head) == (small.folder / "checkpoint/score_head.safetensors").exists()
     ranked = r2r.rank(model, tokenizer, head, example.history, example.candidates, max_new_tokens=12)
     assert {r.item.id for r in ranked} == {c.id for c in example.candidates}
-    assert [r.score for r in ranked] == sorted((r.score for r in ranked), reverse=True)
     if head:  # the scores that the run itself found on this list
-        assert head.reasoning
         values = json.loads((small.folder / "eval.json").read_text())["values"]["rl"]
         right = next(n for n, r in enumerate(ranked) if example.relevance[example.candidates.index(r.item)])
         assert values[0] == pytest.approx(1 / math.log2(right + 2), abs=1e-4)
 
-
-@pytest.mark.parametrize("method, name", [("r2rank", "toy-tiny"), ("rerec", "toy-tiny-rerec")])
-def test_the_same_seed_gives_the_same_run(tmp_path, tmp_path_factory, method, name):
+def test_the_same_seed_gives_the_same_run(tmp_path, tmp_path_factory):
     """Also from the command line, where the directory is the first free one."""
-    (tmp_path / "runs" / name).mkdir(parents=True)
-    done = subprocess.run([sys.executable, ROOT / "train.py", *METHODS[method]], cwd=tmp_path, text=True,
-                          capture_output=True, timeout=300, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    assert done.returncode == 0, done.stderr
-    out, first = tmp_path / "runs" / f"{name}-2", small_run(method, tmp_path_factory)
-    assert f"runs/{name}-2" in done.stdout and metrics(out) == metrics(first.folder)
-    assert (out / "eval.json").read_bytes() == (first.folder / "eval.json").read_bytes()
-
-
-# --- variants -------------------------------------------------------------------------------------------
-
+    (tmp_path / "runs/toy-tiny").mkdir(parents=True)
+    done = subprocess.run([sys.executable, ROOT / "train.py", *SMALL], cwd=tmp_path, text=True,
+                          capture_output=True, timeout=300)
+    assert done.returncode == 0 and "runs/toy-tiny-2" in done.stdout, done.stderr
+    same(tmp_path / "runs/toy-tiny-2", small_run("r2rank", tmp_path_factory).folder)
 
 def test_sampled_rankings_and_several_updates(tmp_path):
     run_train(*SMALL, "--out", tmp_path, "--pl", "sample", "--credit", "list", "--kl-coef", "0.1",
@@ -85,13 +64,11 @@ def test_sampled_rankings_and_several_updates(tmp_path):
     rows = [r for r in metrics(tmp_path) if r["stage"] == "rl"]
     assert len(rows) == 3 and all(r["kl"] > 0 for r in rows)  # the second update has left the reference
 
-
 def test_without_reasoning_nothing_is_generated(tmp_path):
     run_train(*SMALL, "--out", tmp_path, "--no-reasoning", "--temperature", "0.8")
     rows = [r for r in metrics(tmp_path) if r["stage"] == "rl"]
     assert all(r["length"] == r["token_loss"] == 0 < r["grad_norm"] for r in rows)
     assert not r2r.ScoreHead.load(tmp_path / "checkpoint/score_head.safetensors").reasoning
-
 
 @pytest.mark.parametrize("method, module", [("r2rank", r2r), ("rerec", rerec)])
 def test_one_batch_in_bfloat16(tmp_path, monkeypatch, method, module):
@@ -108,14 +85,12 @@ def test_one_batch_in_bfloat16(tmp_path, monkeypatch, method, module):
     assert len(seen) == 3 and len(seen[0]) == 2 and seen[0] == seen[1] == seen[2]
     assert json.loads((tmp_path / "checkpoint/config.json").read_text())["dtype"] == "bfloat16"
 
-
 def test_requests_of_chosen_kinds(tmp_path):
     run_train(*METHODS["rerec"], "--out", tmp_path, "--query-kinds", "explicit,interest", "--personalized",
               "--no-curriculum", "--min-std", "0.05", "--raae-penalty", "0")
     report = json.loads((tmp_path / "eval.json").read_text())
     assert set(report["systems"]["rl"]["by_kind"]) == {"explicit", "interest"}
     assert [r["pool"] for r in metrics(tmp_path) if r["stage"] == "rl"] == [6, 6, 6]
-
 
 def test_adapters_are_merged_at_the_end(tmp_path):
     """--lora: the base weights stay, resumed or not the run is the same, and nobody needs peft to open it."""
@@ -130,22 +105,14 @@ def test_adapters_are_merged_at_the_end(tmp_path):
         again, *_ = r2r.load_checkpoint(state / "checkpoint")
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
 
-
-# --- cold start -----------------------------------------------------------------------------------------
-
-
 def test_loss_and_rates_of_a_run(tmp_path, monkeypatch):
     """Cold start: the loss is that of plain forward passes, and the rate falls; in RL it stays."""
     rates, wanted, original = [], [], policy.micro_batches
 
     def watched(model, rollout, size, *rest):
         if len(wanted) < 2:  # of the cold start
-            total = 0.0
-            for owner, suffix, response in zip(rollout.owner, rollout.suffixes, rollout.responses):
-                start = rollout.prefixes[owner] + suffix
-                logits = model(torch.tensor([start + response])).logits[0, len(start) - 1:-1]
-                total -= logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).sum().item()
-            wanted.append(total / sum(map(len, rollout.responses)))
+            rows = torch.cat([plain_row(model, rollout, n)[0] for n in range(len(rollout.owner))])
+            wanted.append(-rows.mean().item())
         return original(model, rollout, size, *rest)
 
     monkeypatch.setattr(policy, "micro_batches", watched)
@@ -156,14 +123,11 @@ def test_loss_and_rates_of_a_run(tmp_path, monkeypatch):
     assert [r["loss"] for r in metrics(tmp_path) if r["stage"] == "sft"] == pytest.approx(wanted, rel=1e-4)
     assert rates == pytest.approx([1e-3 * (1 - 0.9 / 2), 1e-3 * 0.1] + [1e-4] * 3)
 
-
 def test_the_rate_rises_over_a_twentieth_of_the_steps():
     run = SimpleNamespace(args=SimpleNamespace(save_every=1000), reached=lambda _: False, save=print)
-    for falls in (True, False):
-        optimizer = SimpleNamespace()
-        rates = [optimizer.schedule for _ in train.Run.steps(run, "rl", 200, optimizer, falls)]
-        assert rates == pytest.approx([min(1, n / 10) * (1 - 0.9 * n / 200 * falls) for n in range(1, 201)])
-
+    optimizer = SimpleNamespace()
+    rates = [optimizer.schedule for _ in train.Run.steps(run, "rl", 200, optimizer, False)]
+    assert rates == pytest.approx([min(1, n / 10) for n in range(1, 201)])
 
 def test_three_bad_steps_in_a_row_stop_a_run(tmp_path):
     run = train.Run(SimpleNamespace(out=str(tmp_path), resume=None), "")
@@ -172,33 +136,20 @@ def test_three_bad_steps_in_a_row_stop_a_run(tmp_path):
     with pytest.raises(InputError, match="three steps"):
         run.log("rl", 1, {"grad_norm": math.nan}, every=2)
 
-
-# --- teachers -------------------------------------------------------------------------------------------
-
-
-def write_traces(path, toy):
-    """Twelve traces, four of them positive; the last one is wrong."""
-    lines = []
+def test_traces_of_a_file_are_kept_where_they_are_right(tmp_path, toy):
+    """Of 4 yes and 7 right no: 3 and 6."""
+    path, lines = tmp_path / "traces", []
     for n, e in enumerate(toy.examples("train", 12)):
         label = int(n % 3 == 0)
         item = next(c for c, y in zip(e.candidates, e.relevance) if y == label)
-        answer = "yes" if label != (n == 11) else "no"
+        answer = "yes" if label != (n == 11) else "no"  # the last one is wrong
         lines.append({"user": e.user, "history": [h.id for h in e.history], "candidate": item.id,
                       "label": label, "trace": f"#Final conclusion: so. <answer>{answer}</answer>"})
     path.write_text("\n".join(map(json.dumps, lines)))
-    return lines
-
-
-def test_traces_of_a_file_are_kept_where_they_are_right(tmp_path, toy):
-    """Of 4 yes and 7 right no: 3 and 6."""
-    lines = write_traces(tmp_path / "traces", toy)
-    printed = run_train(*SMALL, "--out", tmp_path / "r", "--teacher", tmp_path / "traces")
-    assert "9 of 12 traces kept" in printed
-    for n, broken in enumerate(({"user": "u"}, lines[1] | {"trace": None})):
-        (tmp_path / "traces").write_text(json.dumps(lines[0]) + "\n" + json.dumps(broken))
-        with pytest.raises(InputError, match=f"{tmp_path}/traces line 2"):
-            run_train(*SMALL, "--out", tmp_path / f"s{n}", "--teacher", tmp_path / "traces")
-
+    assert "9 of 12 traces kept" in run_train(*SMALL, "--out", tmp_path / "r", "--teacher", path)
+    path.write_text(json.dumps(lines[0]) + "\n" + json.dumps({"user": "u"}))
+    with pytest.raises(InputError, match=f"{path} line 2"):
+        run_train(*SMALL, "--out", tmp_path / "s", "--teacher", path)
 
 def test_right_answers_of_a_teacher_are_kept(tmp_path, toy, model, tokenizer, monkeypatch):
     """One that always says yes is right about the positives alone."""
@@ -223,20 +174,6 @@ def test_right_answers_of_a_teacher_are_kept(tmp_path, toy, model, tokenizer, mo
 
 # --- flags and bad input --------------------------------------------------------------------------------
 
-
-def options(parse, capsys):
-    with pytest.raises(SystemExit):
-        parse(["--help"])
-    printed = capsys.readouterr().out.split("defaults by method")[0]
-    return set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", printed, re.M))
-
-
-def test_few_flags_and_all_of_them_explained(capsys):
-    first, second = options(parse_train_flags, capsys), options(parse_eval_flags, capsys)
-    assert 40 < len(first) <= 50 and len(second - first) <= 20
-    assert {f"--{name.replace('_', '-')}" for name in DEFAULTS} <= first
-
-
 @pytest.mark.parametrize("script", ["train.py", "eval.py"])
 def test_help_answers_before_torch_is_imported(script):
     code = (f"import runpy, sys\nsys.argv = ['{script}', '--help']\ntry:\n    runpy.run_path('{script}', "
@@ -244,37 +181,20 @@ def test_help_answers_before_torch_is_imported(script):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert "--help" in done.stdout and done.stdout.endswith("False\n"), done.stderr
 
-
 @pytest.mark.parametrize("flags, words", [
     ("--nosuch", "--nosuch"), ("--steps -1", "at least 0"), ("--temperature 0", "above 0"),
     ("--pl other", "exact"), ("--data none/such", "no such folder"), ("--split temporal", "--split"),
-    ("--data recbench:movie", "--data-dir"), ("--model ./none", "no such folder"),
-    ("--device nosuch", "nosuch"), ("--model nosuchfamily-7b", "hub id"),
-    ("--num-candidates 500", "has only 400 items"),
-    ("--num-candidates 395", "lower --num-candidates"), ("--num-candidates 1", "at least 2"),
+    ("--data recbench:movie", "--data-dir"), ("--model ./none", "no such folder"), ("--device x", "--device"),
+    ("--num-candidates 500", "400 items"), ("--num-candidates 395", "lower --num-candidates"),
     ("--candidates none.jsonl", "none.jsonl"), ("--resume none", "config.json"),
     ("--no-reasoning --kl-coef 0.1", "drop one"), ("--tau 0.5", "belongs to --method rerec"),
-    ("--method rerec --pl sample", "belongs to --method r2rank"),
     ("--method rerec --query-kinds x", "explicit"), ("--method rerec --group-size 1", "at least 2"),
-    ("--method rerec --reward-weights x", "TERM=W"),
     ("--method rerec --reward-weights x=1", "query_alignment"), ("--teacher ./none", "no such folder"),
     ("--sft-steps 0 --max-new-tokens 5000", "--max-new-tokens"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, flags, words):
     assert words in refusal(capsys, *SMALL, "--out", tmp_path / "r", *flags.split())
     assert not (tmp_path / "r").exists()
-
-
-def test_a_run_that_fails_before_its_first_state_leaves_nothing(tmp_path, capsys, monkeypatch):
-    """The next is not `-2`. Here: of items that share nothing the template teacher has nothing to say."""
-    shop = data.load("toy")
-    bare = {i: data.Item(i, f"thing {n}") for n, i in enumerate(shop.items)}
-    monkeypatch.setattr(data, "load", lambda *_: data.Dataset(
-        "bare", bare, shop.sequences, shop.splits, shop.train_length))
-    monkeypatch.chdir(tmp_path)
-    assert "--teacher" in refusal(capsys, *SMALL)
-    assert not list(Path("runs").glob("*"))
-
 
 def test_a_directory_in_use_is_not_overwritten(small, capsys):
     before = {p: p.read_bytes() for p in small.folder.rglob("*") if p.is_file()}
