@@ -56,19 +56,24 @@ def template_lessons(dataset, tokenizer, args):
 def recorded_lessons(dataset, tokenizer, path, args):
     """R2Rank: lessons from a JSONL of traces. Raises InputError."""
     by_answer, lines = {True: [], False: []}, list(read_lines(path))
+    shown = dataset.has_clock or any(x.rating is not None for s in dataset.sequences.values() for x in s)
     for number, line in lines:
         try:
             record = json.loads(line)
             label, trace = bool((0, 1).index(int(record["label"]))), record["trace"]
-            ids, user = [str(i) for i in record["history"]], str(record["user"])
-            past = (dataset.history(user, p, len(ids)) for p in range(1, len(dataset.sequences[user])))
-            history = next(h for h in past if [item.id for item in h] == ids)  # with times and ratings
+            ids, user = [str(i) for i in record["history"]], str(record.get("user"))
+            places = range(1, len(dataset.sequences.get(user, ())))
+            past = (dataset.history(user, place, len(ids)) for place in places)
+            history = next((h for h in past if [item.id for item in h] == ids), None)
+            if history is None:  # of no user here: only where prompts show neither times nor ratings
+                assert not shown, "prompts show times and ratings: `user` must have this history in a row"
+                history = [dataset.items[i] for i in ids]
             candidate = dataset.items[str(record["candidate"])]
             trace.encode()  # half a character, which JSON can hold, is no text
             right = r2r.parse_answer(trace) == label
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, StopIteration) as error:
-            raise InputError(f"{path} line {number}: expected user, history (ids this user had in a row), "
-                             f"candidate, label (0 or 1) and trace; {error!r}") from None
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, AssertionError) as error:
+            raise InputError(f"{path} line {number}: expected user, history (ids of items), candidate, label "
+                             f"(0 or 1) and trace; {error!r}") from None
         if right:
             text = f"<answer>{'yes' if label else 'no'}</answer>" if args.no_reasoning else trace
             by_answer[label].append((history[-args.history_length:], candidate, text))

@@ -4,8 +4,8 @@
 
 All arms do the same work: the prompts of one list, G rationales of exactly --new-tokens tokens for each
 candidate, token-level clipped loss, AdamW. They take turns in one process, so that a busy machine is busy for
-all; the first turn warms up and is not counted. "of peak": FLOPs that the arm's passes need (an update as
-three forward passes; no padding, no optimizer) over the time, as a share of a large matrix product's.
+all; the first turn, of `shared` alone, warms up. --slow-repeats: turns of the other arms. "of peak": FLOPs
+that the passes need (an update as three forward passes; no padding) a second, over a large matrix product's.
 """
 
 import argparse
@@ -131,7 +131,8 @@ def measure(args):
     dataset = data.load(args.data)
     texts = dataset.texts() + [r2r.SYSTEM, r2r.QUESTION]
     model, tokenizer = policy.load(args.model, args.device, getattr(torch, args.dtype), texts)
-    example = dataset.examples("test", 1, args.num_candidates, args.history_length)[0]
+    target = next(t for t in dataset.targets("train") if t[1] >= args.history_length)
+    example = dataset.example(target, args.num_candidates, args.history_length)
     head = r2r.ScoreHead(model.config.get_text_config().hidden_size).to(args.device)
     never = [len(tokenizer) + 10**6]  # no token ends a response: all arms sample as many
     policy.stop_ids = lambda model, tokenizer: never
@@ -144,7 +145,7 @@ def measure(args):
     for turn in range(args.repeats + 1):
         report["peak_flops"].append(matmul_peak(args.device, getattr(torch, args.dtype)))
         for arm in args.arms.split(","):
-            if turn > 1 and arm != "shared" and turn > args.slow_repeats:
+            if arm != "shared" and not 0 < turn <= args.slow_repeats:  # they take minutes: no warm-up
                 continue
             reset_peak(args.device)
             rollout, step = trl_step(s, args) if arm == "trl" else our_step(s, args, arm == "shared")
@@ -165,25 +166,15 @@ def measure(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--model", default="tiny")
-    add("--data", default="toy")
-    add("--device", default="cpu")
-    add("--dtype", default="float32")
-    add("--arms", default="shared,plain", help="of shared, plain, trl")
-    add("--repeats", type=int, default=3)
-    add("--slow-repeats", type=int, default=1, help="of the other arms than shared")
-    add("--num-candidates", type=int, default=20)
-    add("--history-length", type=int, default=10)
-    add("--group-size", type=int, default=4)
-    add("--new-tokens", type=int, default=48)
-    add("--micro-batch", type=int, default=4)
-    add("--out", type=Path)
+    for name, default in {"model": "tiny", "data": "toy", "device": "cpu", "dtype": "float32",
+                          "arms": "shared,plain", "repeats": 3, "slow-repeats": 1, "num-candidates": 20,
+                          "history-length": 10, "group-size": 4, "new-tokens": 48, "micro-batch": 4}.items():
+        parser.add_argument(f"--{name}", default=default, type=type(default))
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     vars(args).update(no_reasoning=False, max_new_tokens=args.new_tokens, temperature=1.0, kl_coef=0.0,
                       ppo_epochs=1, pl="exact", credit="item", score_gradient="all")
     report = measure(args)
-    shared = statistics.median(report["arms"]["shared"]["step"]) if "shared" in report["arms"] else None
     print(f"matmul peak {statistics.median(report['peak_flops']) / 1e9:.0f} GFLOP/s, prefix "
           f"{report['prefix']} tokens, suffix {report['suffix']}")
     print(f"{'':8} {'rollout':>8} {'update':>8} {'step':>8} {'of peak':>14} {'GB':>6}")
@@ -191,7 +182,8 @@ def main():
         rollout, update, step = (statistics.median(row[name]) for name in ("rollout", "update", "step"))
         print(f"{arm:8} {rollout:8.2f} {update:8.2f} {step:8.2f} {row['of_peak']['rollout']:6.0%} "
               f"{row['of_peak']['update']:6.0%} {max(row['memory_gb']):7.2f}"
-              + (f"  {step / shared:.2f} times the shared" if shared and arm != "shared" else ""))
+              + (f"  {step / statistics.median(report['arms']['shared']['step']):.2f} times the shared"
+                 if arm != "shared" else ""))
     if args.out:
         flags = {k: Path(v).name if isinstance(v, str) else v for k, v in vars(args).items() if k != "out"}
         args.out.write_text(json.dumps({"flags": flags} | report, indent=1) + "\n")

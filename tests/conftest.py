@@ -13,15 +13,12 @@ import data
 import policy
 import r2r
 
-
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: some twenty model families; run with R2RANK_SLOW=1")
-
 
 def pytest_runtest_setup(item):
     if item.get_closest_marker("slow") and os.environ.get("R2RANK_SLOW") != "1":
         pytest.skip("slow: set R2RANK_SLOW=1")
-
 
 @pytest.fixture(autouse=True)
 def seeded():
@@ -29,18 +26,15 @@ def seeded():
     torch.manual_seed(0)
     random.seed(0)
 
-
 @pytest.fixture(scope="session")
 def toy():
     return data.load("toy")
-
 
 @pytest.fixture(scope="session")
 def model_and_tokenizer(toy):
     """A random tiny model: every property below holds for any weights."""
     texts = toy.texts() + [r2r.SYSTEM, r2r.QUESTION] * 3
     return policy.load("tiny", texts=texts, seed=0)
-
 
 @pytest.fixture
 def model(model_and_tokenizer):
@@ -50,11 +44,9 @@ def model(model_and_tokenizer):
     model.zero_grad()
     model.eval()
 
-
 @pytest.fixture
 def tokenizer(model_and_tokenizer):
     return model_and_tokenizer[1]
-
 
 @pytest.fixture(scope="session")
 def score_head():

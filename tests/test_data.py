@@ -48,7 +48,6 @@ def shop(tmp_path):
     rng.shuffle(lines)
     return write(tmp_path / "shop", inter=INTER + "".join(lines))
 
-
 # --- files as they should be --------------------------------------------------------------------------------
 
 def test_atomic_files_are_read_as_typed(tmp_path):
@@ -74,7 +73,6 @@ def test_history_lines_carry_age_and_rating(tmp_path):
         "1 year ago: Thing 0 (B, rated 1)", "1 month ago: Thing 1 (B, rated 2)",
         "5 days ago: Thing 2 (B, rated 3)", "1 day ago: Thing 3 (B, rated 4)"]
     assert data.describe(d.items["i4"]) == "Thing 4 (B)"
-
 
 # --- splits and lists ---------------------------------------------------------------------------------------
 
@@ -153,7 +151,6 @@ def test_core_is_a_fixed_point(tmp_path):
     assert list(d.items) == ["i1", "i2", "i3"]
     assert "lower it" in error_of(folder, core=4)
 
-
 # --- times and RecBole's other forms ------------------------------------------------------------------------
 
 def test_times_in_every_form_are_the_same_second():
@@ -198,7 +195,6 @@ def test_files_that_are_split_keep_their_split(tmp_path):
     assert d.splits == {"train": [("a", 1)], "validation": [("a", 2)], "test": [("a", 3), ("b", 1)]}
     assert "split already" in error_of(folder, core=2)
 
-
 # --- missing values, quotes, encodings ----------------------------------------------------------------------
 
 @pytest.mark.parametrize("nothing", ["nan", "NaN", "None", "NULL", "null", "<NA>", "N/A", "NA", "", " "])
@@ -234,7 +230,6 @@ def test_clean_and_title_key():
     for one, other in (("Godfather, The (1972)", '"the  Godfather" (1972)'), ("L’Avare", "l'avare.")):
         assert data.title_key(one) == data.title_key(other)
     assert data.title_key("The Fly (1958)") != data.title_key("The Fly (1986)")
-
 
 # --- bad input, and lists as files --------------------------------------------------------------------------
 

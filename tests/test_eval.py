@@ -84,7 +84,6 @@ def test_differences_are_paired():
     found = evaluation.paired_differences({"a": {"m": worse}, "b": {"m": better}}, range(10), ["m"])
     assert found == {"b - a": {"m": pytest.approx({"mean": 0.25, "low": 0.25, "high": 0.25})}}
 
-
 # --- files ----------------------------------------------------------------------------------------------
 
 def rescore(run, qrels):
@@ -153,7 +152,6 @@ def test_a_retriever_s_misses_count_as_0(tmp_path, toy):
     assert read(tmp_path / "e.json")["values"]["popularity"][1::2] == [0, 0]
     with pytest.raises(data.InputError, match="line 2"):
         evaluate(*flags)
-
 
 # --- runs -----------------------------------------------------------------------------------------------
 

@@ -39,7 +39,6 @@ def gradients(model, rollout, size=None):
         (WEIGHTS[rows] * (logprobs.sum(-1) + entropy.sum(-1) + hidden.tanh().sum(-1))).sum().backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
-
 # --- prompts as ids ---
 
 def test_prefix_and_suffix_join_to_the_chat_prompt(tokenizer, toy):
@@ -89,7 +88,6 @@ def test_stop_ids_takes_one_id_a_list_or_none(model, tokenizer, monkeypatch):
         monkeypatch.setattr(model.generation_config, "eos_token_id", published)
         assert policy.stop_ids(model, tokenizer) == want
 
-
 # --- scoring ---
 
 @pytest.mark.parametrize("share", [True, False])
@@ -132,7 +130,6 @@ def test_an_empty_response_reads_the_prompts_last_token(model, rollout):
     assert logprobs.shape == (10, 0)
     want = torch.stack([plain_row(model, empty, n)[1] for n in range(10)])
     torch.testing.assert_close(hidden, want, atol=1e-5, rtol=1e-5)
-
 
 # --- sampling ---
 
@@ -208,7 +205,6 @@ def test_sampling_happens_in_eval_mode_and_restores_the_mode(model, tokenizer, r
         policy.sample_rows(model, tokenizer, rollout.prompts, 1, policy.Sampling(5))
     assert model.training and model.generation_config is published and not model.base_model._forward_hooks
 
-
 # --- how far a model looks back ---
 
 @pytest.mark.parametrize("limit", ["max_position_embeddings", "sliding_window"])
@@ -241,7 +237,6 @@ def test_a_window_that_no_layer_has_is_no_limit(model, rollout, monkeypatch):
     monkeypatch.setattr(model.config, "sliding_window", 8, raising=False)
     monkeypatch.setattr(model.config, "layer_types", ["full_attention"] * 2, raising=False)
     assert policy.all_logprobs(model, rollout)[0].all(1).any()
-
 
 # --- losses ---
 

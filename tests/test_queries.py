@@ -109,7 +109,6 @@ def test_what_cannot_be_served_is_refused_with_the_reason(toy, kinds):
     with pytest.raises(InputError, match="leave that kind out, or lower --num-candidates"):
         QueryBuilder(catalogue(items, ["5", "0"]), ["explicit"], num_candidates=20).draw("train", 1)
 
-
 def test_old_seeds_give_the_old_requests(builder):
     """Runs can only be compared on the same requests."""
     requests = [[q.id, q.text, [c.id for c in q.candidates], q.truths] for q in builder.draw("test", 60)]

@@ -159,7 +159,6 @@ def test_lists_without_signal_are_skipped_unless_they_pay_their_kl(model, score_
         assert len(seen) == rows
     score_head.zero_grad()
 
-
 # --- ranking ---
 
 def test_scores_are_means_over_rationales(model, tokenizer, score_head, lists, rollout, monkeypatch):

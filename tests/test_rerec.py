@@ -66,7 +66,6 @@ def test_reward_by_hand(text, wanted):
 def test_answers_ndcg_by_hand(answers, truths, wanted):
     assert rerec.answers_ndcg(answers, truths, 10) == pytest.approx(wanted)
 
-
 # --- reasoning-aware advantages ---
 
 def characters(text):
@@ -193,7 +192,6 @@ def test_curriculum_goes_on_where_it_was_saved(enabled):
     assert all(batches(save_at) == batches() for save_at in range(12))
     first, second = sum(batches()[:3], []), sum(batches()[3:6], [])
     assert enabled or sorted(first) == sorted(second) == list("abcdefghijk") and first != second
-
 
 # --- the step ---
 

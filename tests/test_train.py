@@ -171,7 +171,6 @@ def test_right_answers_of_a_teacher_are_kept(tmp_path, toy, model, tokenizer, mo
         assert r["candidate"] in {x.item_id for x in toy.sequences[r["user"]]}
         assert r["user"] in {u for u, _ in toy.splits["train"]}
 
-
 # --- flags and bad input --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("script", ["train.py", "eval.py"])
