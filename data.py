@@ -225,7 +225,7 @@ YEAR = re.compile(r" ?[(\[](\d{4})[)\]][\W_]*$")
 SAME = str.maketrans("‘’ʼ`“”„–—_", "''''\"\"\"-- ")  # `_` is a space in RecBench+'s clues
 
 def title_key(title):
-    """(name, year or ""): equal for two spellings of one title. ("", …) when nothing is left: never a match.
+    """(name, year or ""): equal for two spellings of one title. ("", _) when nothing is left: never a match.
 
     Compatibility forms (NFKC), case and white space are folded; quotes and brackets around the title and full
     stops after it are dropped; an article goes to the front: `"Heat, The" (1972)` is ("the heat", "1972").

@@ -263,7 +263,7 @@ def backward(model, head, rollout, signal, tokens, args, old_logprobs=None, ref_
         loss.backward()
     return sums
 
-def roll_out(model, tokenizer, lists, args, num_samples, greedy=False):
+def reason(model, tokenizer, lists, args, num_samples, greedy=False):
     """Rationales of lists [(history, candidates)]; without reasoning only the states after the prompts."""
     prompts = [build_prompt(tokenizer, h, candidates, not args.no_reasoning) for h, candidates in lists]
     if not args.no_reasoning:
@@ -280,7 +280,7 @@ def train_step(model, tokenizer, head, lists, optimizer, args, reference=None):
     """
     started = time.perf_counter()
     # 1. G rationales of every candidate, and the model's state at the end of each.
-    rollout = roll_out(model, tokenizer, [(e.history, e.candidates) for e in lists], args, args.group_size)
+    rollout = reason(model, tokenizer, [(e.history, e.candidates) for e in lists], args, args.group_size)
     relevance = [torch.tensor(e.relevance) for e in lists]
     sampled = time.perf_counter()
     # What losses are divided by is counted over all processes: their gradients then just add up.
@@ -331,7 +331,7 @@ def score_lists(model, tokenizer, head, lists, args, num_samples=1):
     One greedy rationale a candidate, or `num_samples` sampled ones whose scores are averaged. head None: the
     model was not trained; then log p(yes) - log p(no) at its answer.
     """
-    rollout = roll_out(model, tokenizer, lists, args, num_samples, greedy=num_samples == 1)
+    rollout = reason(model, tokenizer, lists, args, num_samples, greedy=num_samples == 1)
     scores = head(rollout.hidden) if head else answer_log_odds(model, tokenizer, rollout, args.micro_batch)
     texts = iter(tokenizer.batch_decode(rollout.responses, skip_special_tokens=True))
     return [(s.mean(1).float().cpu(), [[next(texts) for _ in row] for row in s])

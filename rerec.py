@@ -260,7 +260,7 @@ class Task:
     graph: dict = field(default_factory=dict)       # rewards.attribute_graph
     embeddings: dict = field(default_factory=dict)  # rewards.item_embeddings
 
-def roll_out(model, tokenizer, queries, args, num_samples, greedy=False):
+def respond(model, tokenizer, queries, args, num_samples, greedy=False):
     """`num_samples` responses to each query: a policy.Rollout; row b * G + g."""
     prompts = [build_prompt(tokenizer, q, args.personalized) for q in queries]
     sampling = policy.Sampling(args.max_new_tokens, args.temperature, greedy)
@@ -318,7 +318,7 @@ def train_step(model, tokenizer, task, queries, optimizer, args, reference=None)
     """
     started = time.perf_counter()
     # 1. G responses to each query, their rewards, and every token's advantage in its group.
-    rollout = roll_out(model, tokenizer, queries, args, args.group_size)
+    rollout = respond(model, tokenizer, queries, args, args.group_size)
     judged, advantages = judge(tokenizer, rollout, queries, task, args)
     sampled = time.perf_counter()
     # 2. The queue learns how hard the queries were.
@@ -354,7 +354,7 @@ def train_step(model, tokenizer, task, queries, optimizer, args, reference=None)
 
 def answer(model, tokenizer, queries, args):
     """One greedy response to each query: [(text, Judged, number of tokens)]."""
-    rollout = roll_out(model, tokenizer, queries, args, 1, greedy=True)
+    rollout = respond(model, tokenizer, queries, args, 1, greedy=True)
     texts = tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
     return [(text, score_response(text, query), len(ids))
             for text, query, ids in zip(texts, queries, rollout.responses)]

@@ -260,7 +260,7 @@ def warm_up(run, batch):
         for step in tqdm(range(run.args.warmup_steps), desc="warm-up", unit="step"):
             lists = batch(-1 - step)
             pairs = [(e.history, e.candidates) for e in lists]
-            rollout = r2r.roll_out(run.model, run.tokenizer, pairs, run.args, run.args.group_size)
+            rollout = r2r.reason(run.model, run.tokenizer, pairs, run.args, run.args.group_size)
             hidden += [h.float() for h in rollout.by_list(rollout.hidden)]
             relevance += [torch.tensor(e.relevance, device=run.model.device) for e in lists]
         optimizer = torch.optim.AdamW(run.head.parameters(), lr=1e-3, weight_decay=0.0)

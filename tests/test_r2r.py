@@ -26,7 +26,7 @@ def rollout(model_and_tokenizer, lists):
     """Three sampled rationales a candidate, of unequal lengths."""
     model, tokenizer = model_and_tokenizer
     torch.manual_seed(0)
-    found = r2r.roll_out(model, tokenizer, [(e.history, e.candidates) for e in lists], settings(), 3)
+    found = r2r.reason(model, tokenizer, [(e.history, e.candidates) for e in lists], settings(), 3)
     found.responses[2], found.responses[5] = found.responses[2][:4], found.responses[5][:1]
     found.hidden = policy.all_logprobs(model, found)[1]
     return found
@@ -61,7 +61,7 @@ def test_a_step_follows_the_written_objective(
     """Also of a second update, when weights and scores have moved so far that the clip acts."""
     args = settings(**changes)
     if args.no_reasoning:
-        rollout = r2r.roll_out(model, tokenizer, [(e.history, e.candidates) for e in lists], args, 1)
+        rollout = r2r.reason(model, tokenizer, [(e.history, e.candidates) for e in lists], args, 1)
     replay(monkeypatch, rollout)
     moved = copy.deepcopy(model)
     for p in moved.parameters():

@@ -204,7 +204,7 @@ def rollout(model_and_tokenizer, queries):
     """Four responses a request, of unequal lengths; to the first two: right, wrong, and two at random."""
     model, tokenizer = model_and_tokenizer
     torch.manual_seed(0)
-    found = rerec.roll_out(model, tokenizer, queries, settings("rerec"), 4)
+    found = rerec.respond(model, tokenizer, queries, settings("rerec"), 4)
     for n, q in enumerate(queries[:2]):
         right = next(c for c in q.candidates if c.id in q.truths)
         wrong = next(c for c in q.candidates if c.id not in q.truths)
