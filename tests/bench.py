@@ -111,11 +111,10 @@ def trl_step(s, args):
         config = GRPOConfig(
             folder, max_steps=1, per_device_train_batch_size=args.micro_batch, loss_type="dapo", beta=0.0,
             gradient_accumulation_steps=rows // args.micro_batch, num_generations=args.group_size,
-            epsilon=0.2,
             max_completion_length=args.new_tokens, temperature=1.0, top_p=1.0, top_k=0, num_iterations=1,
             max_grad_norm=1.0, bf16=False, fp16=False, gradient_checkpointing=False, shuffle_dataset=False,
             generation_kwargs={"eos_token_id": s["never"]}, use_cpu=args.device == "cpu", report_to=[],
-            save_strategy="no", logging_strategy="no")
+            save_strategy="no", logging_strategy="no", epsilon=0.2)
         trainer = Trainer(
             model=model, args=config, processing_class=copy.deepcopy(s["tokenizer"]), callbacks=[Clock()],
             reward_funcs=lambda completions, **_: [float(n % 2) for n in range(len(completions))],

@@ -173,7 +173,7 @@ def test_times_that_are_none_are_bad_lines(tmp_path, text):
     error = error_of(write(tmp_path / "s", inter=inter))
     assert "shop.inter line 3" in error and "time" in error
 
-def test_times_decide_the_order_and_positions_are_no_clock(tmp_path):
+def test_times_decide_the_order_and_positions_are_no_clock(tmp_path, capsys):
     inter = INTER + "a\ti1\t4\t2014-05-14\na\ti2\t4\t20140513\na\ti3\t4\t1399852800000\na\ti4\t4\t20140513\n"
     d = load(write(tmp_path / "s", inter=inter))
     assert ids(d.sequences["a"]) == ["i3", "i2", "i4", "i1"] and d.has_clock  # i2, i4 tie: file order
@@ -183,6 +183,10 @@ def test_times_decide_the_order_and_positions_are_no_clock(tmp_path):
         assert "timestamps" in error_of(folder, split="temporal")
         assert ids(load(folder).sequences["a"]) == ["i0", "i1", "i2"]
         assert all(h.ago == "" for h in load(folder).example(("a", 2)).history)
+    capsys.readouterr()
+    load(write(tmp_path / "u", inter=INTER.replace("timestamp", "review_date") + "a\ti1\t5\t1\n"))
+    note = capsys.readouterr().err
+    assert "`review_date`" in note and "order of its lines" in note and note.count("\n") == 1
 
 def test_files_that_are_split_keep_their_split(tmp_path):
     parts = {"train_inter": "a\ti2\t1500000002\na\ti1\t1500000001\nb\ti5\t1500000009\n",
@@ -233,7 +237,10 @@ def test_clean_and_title_key():
 
 # --- bad input, and lists as files --------------------------------------------------------------------------
 
-def test_other_bad_input(tmp_path, shop):
+def test_other_bad_input(tmp_path, shop, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "toy").mkdir()
+    assert data.load("toy").name == "toy" and "./toy" in capsys.readouterr().err
     error = error_of(tmp_path / "none")
     assert all(name in error for name in ("toy", "beauty", "amazon2023:", "recbench:movie"))
     d = load(shop)

@@ -120,6 +120,8 @@ def test_the_order_of_candidates_changes_nothing(model, tokenizer, score_head, l
                      for e in (lists[0], turned[0]))
     assert again == ranked  # to the last bit
     assert [x.score for x in ranked] == sorted((x.score for x in ranked), reverse=True)
+    with pytest.raises(TypeError, match="data.Item"):
+        r2r.rank(model, tokenizer, score_head, lists[0].history, ["a title", "another"])
 
 def test_shares_of_a_step_add_up_to_the_whole(model, tokenizer, score_head, lists, rollout, monkeypatch):
     """As several processes share it: one list each, and one process without any."""
