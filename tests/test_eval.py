@@ -55,15 +55,6 @@ def test_what_is_no_score_and_what_is_no_hit():
     found = list_metrics([0.3, 0.2, 0.1], [0, 0, 0])
     assert found.pop("rank") == 4 and set(found.values()) == {0.0}
 
-def test_the_bootstrap_draws_users_not_lists():
-    rng = random.Random(0)
-    values, users = [rng.random() for _ in range(60)], [f"u{n}" for n in range(60)]
-    alone = interval(values)
-    assert alone == interval(values, users)
-    assert interval(values * 2, users * 2) == pytest.approx(alone)  # the same lists twice tell nothing new
-    naive = interval(values * 2)
-    assert naive["high"] - naive["low"] < 0.8 * (alone["high"] - alone["low"])
-
 def test_the_bootstrap_against_a_plain_one():
     """Users with different numbers of lists: draw users, average over all their lists."""
     rng = random.Random(1)
@@ -141,13 +132,15 @@ def test_baselines_are_the_same_on_the_same_lists(tmp_path):
     evaluate("--baselines", *names, "--candidates", lists, "--out", tmp_path / "b.json")
     assert read(tmp_path / "b.json") == report
 
-def test_a_retriever_s_misses_count_as_0(tmp_path, toy):
+def test_a_retriever_s_misses_count_as_0_and_new_items_are_noted(tmp_path, toy, monkeypatch):
     examples = toy.examples("test", 4, 5)
     missed = [replace(e, relevance=[0.0] * 5) if n % 2 else e for n, e in enumerate(examples)]
     data.save_lists(tmp_path / "lists", missed)
     flags = ["--baselines", "popularity", "--candidates", tmp_path / "lists"]
     evaluate(*flags, "--count-misses", "--out", tmp_path / "e.json")
     assert read(tmp_path / "e.json")["values"]["popularity"][1::2] == [0, 0]
+    monkeypatch.setattr(data.Dataset, "popularity", lambda self: Counter())
+    assert "in 4 of 4 lists" in evaluate(*flags, "--count-misses", "--out", tmp_path / "e.json")
     with pytest.raises(data.InputError, match="line 2"):
         evaluate(*flags)
 

@@ -14,6 +14,7 @@ import pytest
 
 import extras.recbench as recbench
 from data import InputError, title_key
+from extras.flags import load_data, parse_eval_flags
 from extras.recbench import RecBench, RecBenchQueries, open_ended, read_responses
 
 SHARED = Path(os.environ.get("SHARED_DATA", Path(__file__).parents[2] / "shared" / "data")) / "recbench_plus"
@@ -222,6 +223,8 @@ def test_the_report_is_of_the_answered_and_says_how_many_these_are(bench, tmp_pa
     response = "'Saving Private Ryan' [SEP] Forrest Gump"
     path = answers(tmp_path / "a.jsonl", {"id": "3862", "response": response})
     recbench.evaluate_open_ended(dataset, path, out)
+    flags = f"--data recbench:movie --data-dir {tmp_path} --open-ended {path} --num-candidates 999"
+    assert load_data(parse_eval_flags(flags.split())).bench  # no lists are built, so no matter how many
     report = json.loads(out.read_text())
     assert (report["answered"], report["of"]) == (1, 2)
     for match in ("recbench", "exact"):

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import data
 from extras import queries, report
@@ -60,7 +62,9 @@ def test_each_state_leads_to_the_same_end(tmp_path, tmp_path_factory, method, st
     out = shutil.copytree(run.states[state], tmp_path / "r")
     with open(out / "metrics.jsonl", "a") as f:
         f.write('{"stage": "rl", "step": 4}\n{"sta')
-    run_train("--resume", out)
+    saved = torch.load(out / "state.pt", weights_only=True)
+    torch.save(saved | {"seconds": saved["seconds"] + 5000}, out / "state.pt")
+    assert re.search(r"\b5\d\d\d s in all", run_train("--resume", out))
     same(run.folder, out)
 
 def test_a_run_stopped_between_two_changes_of_its_files_goes_on(tmp_path, tmp_path_factory):

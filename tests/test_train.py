@@ -146,7 +146,8 @@ def test_traces_of_a_file_are_kept_where_they_are_right(tmp_path, toy):
         lines.append({"user": e.user, "history": [h.id for h in e.history], "candidate": item.id,
                       "label": label, "trace": f"#Final conclusion: so. <answer>{answer}</answer>"})
     path.write_text("\n".join(map(json.dumps, lines)))
-    assert "9 of 12 traces kept" in run_train(*SMALL, "--out", tmp_path / "r", "--teacher", path)
+    printed = run_train(*SMALL, "--out", tmp_path / "r", "--teacher", path, "--warmup-steps", "1")
+    assert "9 of 12 traces kept" in printed and "on 2 lists: none was held out" in printed
     path.write_text(json.dumps(lines[0]) + "\n" + json.dumps({"user": "u"}))
     with pytest.raises(InputError, match=f"{path} line 2"):
         run_train(*SMALL, "--out", tmp_path / "s", "--teacher", path)
