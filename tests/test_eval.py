@@ -9,7 +9,6 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-import torch
 
 import data
 import eval as evaluation
