@@ -82,7 +82,7 @@ def penalised(text, title, reward=1.0, correct=False, penalty=0.3, others=()):
     ("A good one.\nHeat fits.\n\\boxed{Heat}", "Heat", "Heat fits."),
     ("Heat fits.\n\nso \\boxed{Heat}, for Heat", "Heat", "Heat fits."),  # the box's own line is exempt
     ("Heat it is.\r\nUp is not.\r\n\\boxed{Heat}", "Heat", "Heat it is."),
-    ("Fjord Amélie 映画 fits.\nelse\n\\boxed{Amélie 映画}", "Amélie 映画", "Fjord Amélie 映画 fits."),
+    ("Fjord Amélie 画 fits.\nelse\n\\boxed{Amélie 画}", "Amélie 画", "Fjord Amélie 画 fits."),
     ("heat (1995) fits\n\\boxed{Heat}", "Heat", "heat (1995) fits"),
     ("Heat fits\nHeat (1995) fits\n\\boxed{Heat (1995)}", "Heat (1995)", "Heat fitsHeat (1995) fits"),
     ("Heat (1986) fits\n\\boxed{Heat (1995)}", "Heat (1995)", ""),

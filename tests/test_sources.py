@@ -63,7 +63,8 @@ def amazon_2023(cache, ratings):
 def test_amazon_2014(tmp_path):
     d = amazon_2014(tmp_path, JSON_REVIEWS + JSON_REVIEWS[:2])  # the very same row twice is one
     assert [(i, x.title) for i, x in d.items.items()] == [
-        ("B1", "L'Oreal Mask & Cream"), ("B2", "Café soap"), ("B3", "untitled OPI Nails"), ("B4", "untitled")]
+        ("B1", "L'Oreal Mask & Cream"), ("B2", "Café soap"), ("B3", "untitled OPI Nails"),
+        ("B4", "untitled")]
     assert [x.attributes for x in d.items.values()] == [
         {"brand": ("L'Oreal",), "categories": ("Hair Care", "Masks")}, {"categories": ("Beauty",)},
         {"brand": ("OPI",), "categories": ("Nails",)}, {}]
