@@ -50,7 +50,8 @@ def template_lessons(dataset, tokenizer, args):
                 found.append((r2r.build_prompt(tokenizer, example.history, items, reasoning), list(texts)))
             if len(found) == LISTS_A_STEP:
                 return found
-        raise InputError(f"{dataset.name}: items share no attributes; give --teacher, or --sft-steps 0")
+        raise InputError(f"{dataset.name}: attributes alone give the template teacher no list with a yes "
+                         f"and a no; give --teacher, or --sft-steps 0")
     return lessons
 
 def recorded_lessons(dataset, tokenizer, path, args):

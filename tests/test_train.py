@@ -190,7 +190,7 @@ def test_help_answers_before_torch_is_imported(script):
     ("--no-reasoning --kl-coef 0.1", "drop one"), ("--tau 0.5", "belongs to --method rerec"),
     ("--method rerec --query-kinds x", "explicit"), ("--method rerec --group-size 1", "at least 2"),
     ("--method rerec --reward-weights x=1", "query_alignment"), ("--teacher ./none", "no such folder"),
-    ("--sft-steps 0 --max-new-tokens 5000", "--max-new-tokens"),
+    ("--sft-steps 0 --max-new-tokens 5000", "--max-new-tokens"), ("--num-candidates 2", "--teacher"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, flags, words):
     assert words in refusal(capsys, *SMALL, "--out", tmp_path / "r", *flags.split())
