@@ -20,10 +20,8 @@ import random
 from data import InputError, Query, attribute_pairs, title_key
 
 # Attribute -> (what its value is called, how a value is asked for). Others go by the attribute's name.
-WORDING = {
-    "directed_by": ("director", "directed by"), "written_by": ("writer", "written by"),
-    "starring": ("actor", "starring"), "genre": ("genre", "of the genre"),
-    "brand": ("brand", "from the brand"), "categories": ("category", "from the category")}
+WORDING = {"genre": ("genre", "of the genre"), "brand": ("brand", "from the brand"),
+           "categories": ("category", "from the category")}
 
 # The last four of each are for test alone. {}: where the conditions stand.
 TEMPLATES = {
@@ -71,21 +69,22 @@ class QueryBuilder:
         self.pairs = {i: [p for p in attribute_pairs(x) if p in self.with_pair] for i, x in items.items()}
         if not self.with_pair or not set(self.kinds) <= set(KINDS):
             raise InputError(f"{dataset.name}: the query kinds are {', '.join(KINDS)}, and items need "
-                             f"attributes that several share (in NAME.item or NAME.kg)")
+                             f"attributes that several share")
 
     def draw(self, split, count, start=0):
         """`count` queries, the kinds in turn; `start`, the first round over the targets, gives other ones."""
         streams = {kind: self._stream(kind, split, start) for kind in self.kinds}
         return [next(streams[self.kinds[n % len(self.kinds)]]) for n in range(count)]
 
-    def _stream(self, kind, split, number):
-        targets = self.dataset.targets(split, f"{self.seed}/{kind}/{number}")
-        for number in itertools.count(number):
+    def _stream(self, kind, split, start):
+        targets = self.dataset.targets(split, f"{self.seed}/{kind}/{start}")
+        for number in itertools.count(start):
             queries = filter(None, (self.query(kind, split, *target, number) for target in targets))
             if not (first := next(queries, None)):
-                raise InputError(f"{self.dataset.name}: none of its {len(targets)} {split} examples gives a "
-                                 f"query of kind {kind}; leave that kind out, or lower --num-candidates")
-            yield from itertools.chain([first], queries)
+                raise InputError(f"{self.dataset.name}: no {split} example gives a query of kind {kind}; "
+                                 f"leave that kind out, or lower --num-candidates")
+            yield first
+            yield from queries
 
     def query(self, kind, split, user, position, number=0):
         """The `number`-th query of a user's target, or None where it gives none of this kind."""
@@ -118,22 +117,24 @@ class QueryBuilder:
         the kind; no phrases where no item can stand for a value. Named items are added to `excluded`."""
         pairs, wrong, phrases = self.pairs[positive.id], None, []
         conditions = rng.sample(pairs, min(rng.randint(1, self.max_conditions), len(pairs)))
-        for n, (name, value) in enumerate(conditions):
+        for name, value in conditions:
             plain = name.replace("_", " ")
             noun, wording = WORDING.get(name, (plain, f"with {plain}"))
-            if kind == "explicit" or kind == "misinformed" and n > 0:
+            if kind == "explicit" or wrong:
                 phrases.append(f"{wording} {value}")
                 continue
             named = self._items_for(rng, name, value, positive, excluded)
-            true = {pair for x in (*named, positive) for pair in self.pairs[x.id]}
-            false = [pair for pair in self.with_pair if pair[0] == name and pair not in true]
-            if not named or kind == "misinformed" and not false:
+            if not named:
                 return [], [], None
             excluded |= {x.id for x in named}
             phrases.append(f"with the same {noun} as " + " and ".join(x.title for x in named))
             if kind == "misinformed":
+                true = {pair for x in (*named, positive) for pair in self.pairs[x.id]}
+                false = [pair for pair in self.with_pair if pair[0] == name and pair not in true]
+                if not false:
+                    return [], [], None
                 wrong = rng.choice(false)
-                phrases[n] += f" ({noun} {wrong[1]}, if I remember rightly)"
+                phrases[0] += f" ({noun} {wrong[1]}, if I remember rightly)"
         return phrases, conditions, wrong
 
     def _items_for(self, rng, name, value, positive, excluded):

@@ -6,12 +6,10 @@ kept, without its root, which all items of a set share.
 """
 
 import ast
-import gzip
-import http.client
 import json
 import re
 import sys
-import zlib
+from http.client import HTTPException
 
 from data import InputError, make_item, read_lines
 from extras.recbole import assemble, bad_line, split_fields
@@ -20,6 +18,7 @@ AMAZON_2014 = {"beauty": "Beauty", "toys": "Toys_and_Games", "sports": "Sports_a
                "games": "Video_Games", "instruments": "Musical_Instruments"}
 URL_2014 = "http://snap.stanford.edu/data/amazon/productGraph/categoryFiles/"
 URL_2023 = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/"
+RELATED = re.compile(r"'related': \{[^{}]*\}")  # long lists of other products, nine tenths of a line of 2014
 
 def read(name, cache):
     """(Dataset without splits, default split) of a set, whose files are in `cache` or downloaded to it."""
@@ -41,22 +40,20 @@ def fetch(url, folder):
         return path
     import torch.hub  # here, because it takes seconds
     print(f"downloading {url}", file=sys.stderr)
-    reason = "what arrives is cut off or damaged"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for _ in range(2):  # a connection that ends early raises no error: the archive itself has to tell
             torch.hub.download_url_to_file(url, str(path))
             try:
-                with gzip.open(path) as file:
-                    while file.read(1 << 22):  # to the end, where the checksum stands
-                        pass
+                for _ in read_lines(path):
+                    pass
                 return path
-            except (OSError, EOFError, zlib.error):
+            except InputError:
                 path.unlink()
-    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = "what arrives is cut off or damaged"
+    except (OSError, HTTPException, ValueError) as error:
         reason = error
-    raise InputError(f"{url} could not be downloaded ({reason}). Put it at {path} yourself, or choose "
-                     f"another folder with --cache-dir")
+    raise InputError(f"{url}: no download ({reason}). Put it at {path} yourself, or give --cache-dir")
 
 def review_2014(line):  # -> (user, item, time, rating)
     r = json.loads(line)
@@ -66,8 +63,6 @@ def review_2023(line):
     user, item, rating, time = split_fields(line, ",")
     return user, item, time, rating
 
-RELATED = re.compile(r"'related': \{[^{}]*\}")  # long lists of other products, nine tenths of a line
-
 def read_amazon(name, reviews, meta, parse_review, parse_item):
     """The Dataset of reviews, and of metadata with (parent_)asin, title, brand or store, and categories."""
     rows, items = [], {}
@@ -75,8 +70,8 @@ def read_amazon(name, reviews, meta, parse_review, parse_item):
         try:
             user, item_id, *rest = parse_review(line)
         except Exception:  # of the many kinds that a broken line may raise
-            raise bad_line((reviews, number), "JSON with reviewerID, asin, unixReviewTime and overall, or "
-                                              "user_id,parent_asin,rating,timestamp", line) from None
+            expected = "reviewerID, asin, unixReviewTime, overall, or user_id,parent_asin,rating,timestamp"
+            raise bad_line((reviews, number), expected, line) from None
         if user != "user_id":  # the header of the CSV
             items[item_id] = None
             rows.append(((reviews, number), user, item_id, *rest, 0))

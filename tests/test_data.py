@@ -51,15 +51,12 @@ def shop(tmp_path):
 # --- files as they should be --------------------------------------------------------------------------------
 
 def test_atomic_files_are_read_as_typed(tmp_path):
-    kg = "head_id:token\trelation_id:token\ttail_id:token\nm1\tby\tAnn\nm1\tby\tBob\nm9\tby\tEve\n"
-    kg += "".join(f"m1\tby\t{x}\n" for x in ("m.07txmw", "/m/0abc", "Q123", "http://a.b/c", "m9"))  # no names
     item = ITEM + "x\tR&amp;D  <b>\u202e\tOPI\tMakeup|Nails\ny\t\t\tHair Care|Rollers\n"
     inter = INTER + "a\tx\t4\t1700086400\na\ty\t5\t1700000000\n"
-    d = load(write(tmp_path / "s", item, inter=inter, kg=kg,
-                   link="item_id:token\tentity_id:token\nx\tm1\n"))
+    d = load(write(tmp_path / "s", item, inter=inter))
     assert d.items["x"].title == "R&D <b>"
     assert data.attribute_pairs(d.items["x"]) == [
-        ("brand", "OPI"), ("categories", "Makeup"), ("categories", "Nails"), ("by", "Ann"), ("by", "Bob")]
+        ("brand", "OPI"), ("categories", "Makeup"), ("categories", "Nails")]
     assert d.items["y"].attributes == {"categories": ("Hair Care", "Rollers")}
     assert d.items["y"].title == "untitled Rollers"
     assert d.sequences["a"] == [("y", 1.7e9, 5.0), ("x", 1.7e9 + 86400, 4.0)]  # by time, not by line
