@@ -16,7 +16,8 @@ from dataclasses import replace
 from difflib import SequenceMatcher
 from pathlib import Path
 
-from data import InputError, Query, attribute_pairs, clean, make_item, read_lines, title_key
+from data import SPLITS, InputError, Query, attribute_pairs, clean, make_item, read_lines, title_key
+from extras.recbole import bad_line
 
 FILES = {"explicit": "Explicit", "implicit": "Implicit", "misinformed": "Misinformed",
          "interest": "InterestBased", "demographics": "DemographicsBased"}  # and `Query.json`
@@ -27,37 +28,38 @@ MALFORMED = (OSError, ValueError, TypeError, KeyError, AttributeError, Recursion
 
 class RecBench:
     """The catalogue and the queries in dataset/{domain}/ of a RecBench+ copy. Raises InputError.
+
     The catalogue is movies.dat (`id::title (year)::genre|genre`), books.dat (`id::title`), or where that is
     missing every book that a record names. Items have the attributes that *all* have: a movie's genres.
     holders: (relation, value) -> ids of the items known to have it, also from what the queries ask and hint.
     That is known of right items and hardly of others: a prompt that showed it would give the answer away.
-    pools: query id -> ids of the right answers of its record. left_out: query id -> why it is no query."""
+    pools: query id -> ids of the right answers of its record. left_out: query id -> why it is no query.
+    """
 
     def __init__(self, folder, domain, history_length=10):
         base = Path(folder).expanduser() / "dataset" / domain
         files = {kind: file for kind, name in FILES.items() if (file := base / f"{name}Query.json").is_file()}
         if domain not in ("movie", "book") or not files:
-            raise InputError(f"{base}: no query file of movie or book there, such as ExplicitQuery.json. "
-                             f"RecBench+ is published at https://github.com/jiani-huang/RecBench")
+            raise InputError(f"{base}: no query file of movie or book; see github.com/jiani-huang/RecBench")
         self.domain, self.history_length, path = domain, history_length, base / f"{domain}s.dat"
         self.items, self.ids, self.holders = {}, {}, defaultdict(set)  # ids: key_of(title) -> id
         self.queries, self.pools, self.left_out = [], {}, {}
         self.grows = domain == "book" and not path.is_file()
         for number, line in () if self.grows else read_lines(path):
-            (item_id, _, title), genres = map(str.strip, line.partition("::")), ""
+            item_id, _, title = map(str.strip, line.partition("::"))
             if not (item_id and title):
-                raise InputError(f"{path} line {number}: expected id::title, found {line[:60]!r}")
-            if domain == "movie" and "::" in title:  # a title may hold `::` too: genres are the last field
-                title, _, genres = title.rpartition("::")
-            self.add(item_id, title, genres.split("|"))
+                raise bad_line((path, number), "id::title", line)
+            # A movie's title may hold `::` too: genres are the last field.
+            title, *genres = title.rsplit("::", 1) if domain == "movie" else [title]
+            self.add(item_id, title, "".join(genres).split("|"))
         for kind, path in files.items():
             number = 0
             try:
                 for number, record in enumerate(json.loads(path.read_text("utf-8-sig"))):
                     self.add_queries(kind, record, number)
             except MALFORMED as error:
-                raise InputError(f"{path} record {number}: expected JSON, a list of records with text, right "
-                                 f"titles and conditions ({type(error).__name__}: {error})") from None
+                raise InputError(f"{path} record {number}: expected JSON, a list of records with text, "
+                                 f"titles and conditions; {error!r}") from None
 
     def add(self, item_id, title, genres=()):
         # Characters lost upstream (U+FFFD) are dropped: no model could copy them into an answer.
@@ -114,15 +116,15 @@ class RecBench:
 
     def graph_items(self):
         """The catalogue with all that is known: for the item-attribute graph, never for a prompt."""
-        attributes = {i: {} for i in self.items}
+        attributes = {i: defaultdict(tuple) for i in self.items}
         for (name, value), ids in self.holders.items():
             for i in ids:
-                attributes[i][name] = (*attributes[i].get(name, ()), value)
+                attributes[i][name] += (value,)
         return [replace(item, attributes=attributes[i]) for i, item in self.items.items()]
 
 def key_of(title):
     """`title_key` of the ASCII in a title: what it shares with its misencoded forms."""
-    return title_key("".join(c for c in title if c.isascii()))
+    return title_key(title.encode("ascii", "ignore").decode())
 
 def titles_in(value):
     """The titles in {title: count}, the most frequent last, in lists, nested, and in sequences."""
@@ -139,11 +141,11 @@ class RecBenchQueries:
         self.graph_items, there = bench.graph_items, {q.kind for q in bench.queries}
         if not there.issuperset(kinds or ()):
             raise InputError(f"these RecBench+ files hold {', '.join(sorted(there))} queries alone")
-        self.splits = {"train": [], "validation": [], "test": []}
+        self.splits = {split: [] for split in SPLITS}
         for q in bench.queries:
             u = random.Random(f"{seed}/split/{q.user}").random()
             if q.kind in (kinds or there):
-                self.splits["train" if u < 0.8 else "validation" if u < 0.9 else "test"].append(q)
+                self.splits[SPLITS[(u >= 0.8) + (u >= 0.9)]].append(q)
 
     def draw(self, split, count, start=0):
         """At most `count` queries, each once. start > 0: as many as asked for, with other negatives."""
@@ -170,60 +172,56 @@ class RecBenchQueries:
 
 def open_ended(response, truths, match="recbench", domain="movie"):
     """Score an answer without candidates: {"precision", "recall", "ndcg": float, "ftr": bool}.
+
     truths: the right titles as the data write them. ftr (fail to recommend): no [SEP] in the response.
     match="recbench": the benchmark's rule, without its knowledge graph; it reproduces the published scores. A
       prediction hits the first truth with a SequenceMatcher ratio >= 0.8. A movie loses quotes and year, its
       truth does not. A truth hit twice counts twice in NDCG alone, which can exceed 1.
-    match="exact" (ours): equal names, and equal years where both have one. Each truth is hit once."""
-    predictions, exact, left, hits = response.split("[SEP]"), match == "exact", list(truths), []
-    ftr = len(predictions) == 1
-    if exact:
-        predictions = [p for p in map(str.strip, predictions) if p]
-        truths = left = [key for key in dict.fromkeys(map(title_key, truths)) if key[0]]
-    elif domain == "book":
-        # The benchmark strips these characters, not this text; nothing is stripped of a single title.
-        predictions = response.strip().strip("Recommended books (separated by [SEP]):").split("[SEP]")
+    match="exact" (ours): equal names, and equal years where both have one. Each truth is hit once.
+    """
+    parts, truths, hits = response.split("[SEP]"), list(truths), []
+    if match == "exact":
+        predictions = [title_key(p.strip()[:300]) for p in parts if p.strip()]  # no title is longer
+        truths = [key for key in dict.fromkeys(map(title_key, truths)) if key[0]]
+        for name, year in predictions[:200]:  # of a longer list the rest hits nothing
+            left = (t for t in truths if t[0] == name and t not in hits)
+            hits.append(next((t for t in left if t[1] == year or "" in (t[1], year)), None))
     else:
-        predictions = [p.strip().strip("'").strip('"').strip() for p in predictions]
+        predictions = [p.strip().strip("'").strip('"').strip() for p in parts]
         predictions = [re.sub(r"\s\(\d{4}\)$", "", p).strip() for p in predictions]
-    for prediction in predictions[:200]:  # of a longer list the rest hits nothing
-        prediction = title_key(prediction[:300]) if exact else prediction  # no title is longer
-        hits.append(next((t for t in left if similar(prediction, t)), None))
-        left = [t for t in left if t != hits[-1]] if exact else left
+        if domain == "book":
+            # The benchmark strips these characters, not this text; nothing is stripped of a single title.
+            predictions = response.strip().strip("Recommended books (separated by [SEP]):").split("[SEP]")
+        for prediction in predictions[:200]:
+            hits.append(next((t for t in truths if prediction.strip() and similar(prediction, t)), None))
     discounts = [1 / math.log2(rank + 2) for rank in range(len(hits) + len(truths))]
     gain = sum(discount for discount, hit in zip(discounts, hits) if hit is not None)
     num_hit = sum(t in hits for t in truths)  # 0 where there are no truths, or no predictions
     return {"precision": num_hit / max(1, len(predictions)), "recall": num_hit / max(1, len(truths)),
-            "ndcg": gain / max(1.0, sum(discounts[:len(truths)])), "ftr": ftr}
+            "ndcg": gain / max(1.0, sum(discounts[:len(truths)])), "ftr": len(parts) == 1}
 
 def similar(prediction, truth):
-    """Whether a title is one of the right ones: by the benchmark's rule, or of `title_key`s by ours."""
-    if isinstance(truth, tuple):
-        return prediction[0] == truth[0] and ("" in (prediction[1], truth[1]) or prediction == truth)
+    """The benchmark's rule."""
     matcher = SequenceMatcher(None, prediction, truth)
     # The quick ratio is an upper bound: it stops a megabyte at once.
-    return bool(prediction.strip()) and matcher.real_quick_ratio() >= 0.8 and matcher.ratio() >= 0.8
+    return matcher.real_quick_ratio() >= 0.8 and matcher.ratio() >= 0.8
 
 def read_responses(path, bench):
     """[(query, response)] of a JSONL of {"id", "response"}: the query's id, or the benchmark's ("3862" of
     movie-explicit-3862) with "kind" where several kinds have it. Raises InputError."""
-    queries, named, lines, pairs = {q.id: q for q in bench.queries}, defaultdict(list), {}, []
-    for full in bench.pools:
-        named[full].append(full)
-        named[full.split("-", 2)[2]].append(full)
+    queries, problems, pairs = {q.id: q for q in bench.queries}, dict(bench.left_out), []
     for number, line in read_lines(path):
-        where = f"{path} line {number}"
         try:
             record = json.loads(line)
             name, response = str(record["id"]), str.strip(record["response"])
-            found = [i for i in named[name] if record.get("kind") in (None, i.split("-")[1])]
-        except MALFORMED as error:
-            raise InputError(f'{where}: expected {{"id", "response": text}}; {error!r}') from None
-        if len(found) != 1:
-            raise InputError(f'{where}: id {name!r} is of {", ".join(found) or "no query"}; add "kind"')
-        if reason := bench.left_out.get(found[0]) or lines.get(found[0]):
-            raise InputError(f"{where}: id {name!r}: {reason}; remove this line")
-        lines[found[0]] = f"answered on line {number} already"
+            kinds = [record["kind"]] if record.get("kind") else FILES
+        except MALFORMED:
+            raise bad_line((path, number), '{"id", "response": text}', line) from None
+        found = [i for i in (name, *(f"{bench.domain}-{k}-{name}" for k in kinds)) if i in bench.pools]
+        unclear = f'it is of {", ".join(found) or "no query"}; add "kind"'
+        if problem := problems.get(found[0]) if len(found) == 1 else unclear:
+            raise InputError(f"{path} line {number}: id {name!r}: {problem}; or remove this line")
+        problems[found[0]] = f"answered on line {number} already"
         pairs.append((queries[found[0]], response))
     return pairs
 

@@ -208,11 +208,11 @@ def test_answers_are_found_by_full_id_short_id_or_kind(bench, tmp_path):
         ("movie-demographics-2-0", "d")]
 
 @pytest.mark.parametrize("records, message", [
-    ([{"id": "99", "response": "x"}], "line 1: id '99' is of no query"),
+    ([{"id": "99", "response": "x"}], "line 1: id '99': it is of no query"),
     ([{"id": "1", "response": "x"}], "is of movie-explicit-1, movie-implicit-1; add \"kind\""),
     ([{"id": i, "response": "x"} for i in (3862, "movie-explicit-3862")], "line 2.*answered on line 1"),
     ([{"id": "2-1", "response": "x"}], "not in the catalogue: No Such Film"),
-    ([{"id": "3862"}], "line 1: expected {\"id\", \"response\": text}; KeyError"),
+    ([{"id": "3862"}], "line 1: expected {\"id\", \"response\": text}, found"),
 ])
 def test_answers_that_cannot_be_counted_are_refused(bench, tmp_path, records, message):
     with pytest.raises(InputError, match=message):
