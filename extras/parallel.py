@@ -6,7 +6,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.nn.utils import clip_grad_norm_
 
 def start_processes(args):
     """Meet the processes that torchrun started, if it did."""
@@ -31,7 +30,7 @@ def gather(items):
         return items
     lists = [None] * dist.get_world_size()
     dist.all_gather_object(lists, items)
-    return [x for one in lists for x in one]
+    return sum(lists, [])
 
 def broadcast(module):
     """All processes get rank 0's parameters."""
@@ -45,56 +44,51 @@ class Optimizer:
     float32 master, where gradients add up, too: each is moved there once its backward pass has written it.
     """
 
+    gather = staticmethod(gather)
+
     def __init__(self, groups):
-        self.masters, self.copied, rows = [], [], []  # copied: (weight, its master) pairs
-        for p, rate in [(p, rate) for parameters, rate in groups for p in parameters if p.requires_grad]:
-            self.masters.append(p if p.dtype == torch.float32 else p.detach().float().requires_grad_())
-            self.copied += [(p, self.masters[-1])] if self.masters[-1] is not p else []
-            rows.append({"params": self.masters[-1:], "lr": rate, "rate": rate})
-        self.hooks = [p.register_post_accumulate_grad_hook(self._move_gradient(m)) for p, m in self.copied]
+        chosen = [(p, rate) for parameters, rate in groups for p in parameters if p.requires_grad]
+        self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p, _ in chosen]
+        self.master_of = {p: m for (p, _), m in zip(chosen, self.masters) if p is not m}
+        self.hooks = [p.register_post_accumulate_grad_hook(self._move_gradient) for p in self.master_of]
+        rows = [{"params": [m], "lr": rate, "rate": rate} for m, (_, rate) in zip(self.masters, chosen)]
         self.adamw = torch.optim.AdamW(rows, betas=(0.9, 0.95), weight_decay=0.0)
         self.schedule = 1.0  # share of the rates
 
-    @staticmethod
-    def _move_gradient(master):
-        def move(p):
-            gradient = p.grad.float()
-            master.grad = gradient if master.grad is None else master.grad + gradient
-            p.grad = None
-        return move
-
-    def gather(self, items):
-        return gather(items)
+    def _move_gradient(self, p):
+        master = self.master_of[p]
+        master.grad = p.grad.float() if master.grad is None else master.grad + p.grad
+        p.grad = None
 
     def sum(self, numbers):
         """{name: number}, each summed over the processes."""
         every = gather([numbers])
         return {name: sum(one[name] for one in every) for name in numbers}
 
+    @torch.no_grad()
     def step(self):
         """Sum, clip, step (if all is finite), clear. Returns the gradient's norm before clipping."""
         if dist.is_initialized() and any(gather([any(m.grad is not None for m in self.masters)])):
             for m in self.masters:
                 m.grad = torch.zeros_like(m) if m.grad is None else m.grad.contiguous()
                 dist.all_reduce(m.grad)
-        norm = clip_grad_norm_(self.masters, 1.0).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, 1.0).item()
         if math.isfinite(norm):
             for group in self.adamw.param_groups:
                 group["lr"] = group["rate"] * self.schedule
             self.adamw.step()
-            with torch.no_grad():
-                for p, m in self.copied:
-                    p.copy_(m)
+            for p, m in self.master_of.items():
+                p.copy_(m)
         self.adamw.zero_grad()
         return norm
 
     def state_dict(self):
-        return {"adamw": self.adamw.state_dict(), "masters": [m.detach() for _, m in self.copied]}
+        return {"adamw": self.adamw.state_dict(), "masters": list(self.master_of.values())}
 
     @torch.no_grad()
     def load_state_dict(self, state):
         self.adamw.load_state_dict(state["adamw"])
-        for (_, m), saved in zip(self.copied, state["masters"]):
+        for m, saved in zip(self.master_of.values(), state["masters"]):
             m.copy_(saved)
 
     def close(self):
