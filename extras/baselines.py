@@ -16,7 +16,6 @@ import re
 import sys
 from collections import Counter
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script finds only what is in its folder
@@ -108,8 +107,10 @@ class SASRec(nn.Module):
 def fit_sasrec(num_items, sequences, epochs=50, lr=1e-3, num_negatives=1024, batch_size=256, seed=0,
                stop=None, **sizes):
     """Train a SASRec on sequences of item numbers; `stop` as in rewards.fit_lightgcn.
+
     Deviation: a softmax over the target and `num_negatives` items, uniform and shared by a batch, in place of
-    a logistic loss with one. Nothing pushes down the history's items: leave them out of a ranking."""
+    a logistic loss with one. Nothing pushes down the history's items: leave them out of a ranking.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():  # weights and dropout draw from it
         torch.manual_seed(seed)
@@ -135,22 +136,19 @@ def fit_sasrec(num_items, sequences, epochs=50, lr=1e-3, num_negatives=1024, bat
 def fit_ranker(fit, ranker_of, validate, every, patience):
     """The ranker of the best epoch; looks at one in `every`, and ends after `patience` without a better one.
     fit: takes `stop`, as fit_lightgcn; ranker_of: model -> ranker; validate: ranker -> float."""
-    best, found, waited = -1.0, None, 0
+    values, rankers = [], []
     def stop(model, epoch):
-        nonlocal best, found, waited
         if epoch % every == 0:
-            ranker = ranker_of(copy.deepcopy(model).eval())
-            value, waited = validate(ranker), waited + 1
-            if value > best:
-                best, found, waited = value, ranker, 0
-        return waited == patience
+            rankers.append(ranker_of(copy.deepcopy(model).eval()))
+            values.append(validate(rankers[-1]))
+            return len(values) - 1 - values.index(max(values)) == patience
     fit(stop=stop)
-    return found
+    return rankers[values.index(max(values))]
 
 def fit_baselines(dataset, names=BASELINES, seed=0, num_validation=2000):
     """{name: ranker}. Raises InputError for unknown names, and where a baseline has nothing to learn from."""
-    if unknown := [name for name in names if name not in BASELINES]:
-        raise InputError(f"baseline {', '.join(unknown)}: there is none; give some of {', '.join(BASELINES)}")
+    if unknown := ", ".join(name for name in names if name not in BASELINES):
+        raise InputError(f"baseline {unknown}: there is none; give some of {', '.join(BASELINES)}")
     training, index = dataset.training(), {i: n for n, i in enumerate(dataset.item_ids)}
     if not training:
         raise InputError(f"{dataset.name}: no interactions in the training period to learn baselines from")
@@ -169,13 +167,13 @@ def fit_baselines(dataset, names=BASELINES, seed=0, num_validation=2000):
             return fit_ranker(fit, ranker_of, validate, every=5, patience=3)
         if name == "sasrec":
             fit = partial(fit_sasrec, len(index), rows, seed=seed)
-            return fit_ranker(fit, attrgetter("scores"), validate, every=2, patience=5)
-        features = [sorted(set(re.findall(r"\w+", x.title.lower()))) for x in dataset.items.values()]
+            return fit_ranker(fit, lambda model: model.scores, validate, every=2, patience=5)
+        features = [set(re.findall(r"\w+", x.title.lower())) for x in dataset.items.values()]
         if name == "item-knn":  # the features of an item are the users who had it
-            features = [[] for _ in index]
-            for u, i in pairs.unique(dim=0).tolist():
-                features[i].append(u)
-        vectors = feature_vectors(features, idf=name == "title-overlap")
+            features = [set() for _ in index]
+            for u, i in pairs.tolist():
+                features[i].add(u)
+        vectors = feature_vectors([sorted(f) for f in features], idf=name == "title-overlap")
         return max((cosine_ranker(vectors, decay) for decay in DECAYS), key=validate)
     return {name: fit(name) for name in names}
 

@@ -17,17 +17,15 @@ R2RANK_FLAGS = ("pl", "credit", "score_gradient", "head_lr", "warmup_steps", "no
 REREC_FLAGS = ("query_kinds", "num_queries", "reward_weights", "raae_penalty", "min_std", "tau",
                "no_curriculum", "personalized")
 
-def number(kind, zero=False):
+def above_0(kind, zero=False):
     """An argparse type: a number above 0 (or not below)."""
-    def parse(text):
+    def number(text):
         if not (kind(text) > 0 or zero and kind(text) == 0):
             raise ArgumentTypeError(f"must be {'at least' if zero else 'above'} 0, not {text}")
         return kind(text)
+    return number
 
-    parse.__name__ = kind.__name__  # for argparse's message
-    return parse
-
-COUNT, COUNT_OR_0, RATE, RATE_OR_0 = (number(kind, zero) for kind in (int, float) for zero in (False, True))
+COUNT, COUNT_OR_0, RATE, RATE_OR_0 = (above_0(kind, zero) for kind in (int, float) for zero in (False, True))
 # Four defaults, type and help. R2Rank with tiny and with other models, then ReRec: tiny starts from nothing.
 DEFAULTS = {
     "sft_steps": (400, 0, 550, 0, COUNT_OR_0, "of the cold start"),
@@ -47,13 +45,9 @@ DEFAULTS = {
 
 def reward_weights(text):
     """An argparse type: {term: weight} of "term=w,...", or of the weights of the two alignments."""
-    try:
-        if "=" not in text:
-            first, second = map(float, text.split(","))
-            return {"query_alignment": first, "preference_alignment": second}
-        return {name.strip(): float(w) for name, w in (pair.split("=") for pair in text.split(","))}
-    except ValueError:
-        raise ArgumentTypeError(f"give TERM=W,... or two numbers, not {text}") from None
+    names, weights = ("query_alignment", "preference_alignment"), text.split(",")
+    pairs = [w.split("=") for w in weights] if "=" in text else zip(names, weights, strict=True)
+    return {name.strip(): float(weight) for name, weight in pairs}
 
 def spelled(name):
     return f"--{name.replace('_', '-')}"
@@ -114,15 +108,17 @@ def fill_defaults(args):
     column = 2 * (args.method == "rerec") + (args.model != "tiny")
     for name, values in DEFAULTS.items():
         if getattr(args, name, 0) is None:
-            adapters = name in ("lr", "sft_lr") and args.lora  # they learn at ten times the rate
-            setattr(args, name, 10 * values[column] if adapters else values[column])
+            tenfold = name in ("lr", "sft_lr") and args.lora  # adapters learn at ten times the rate
+            setattr(args, name, 10 * values[column] if tenfold else values[column])
 
-def recorded_flags(folder, flag):
-    """The flags of a run directory. Raises InputError."""
+def parse_again(parser, argv, folder, without=()):
+    """(flags, those that are recorded in a run directory), which are the defaults. Raises InputError."""
     try:
-        return json.loads((Path(folder) / "config.json").read_text())["flags"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{flag} {folder}: no readable config.json of a run there ({error})") from None
+        recorded = json.loads((Path(folder) / "config.json").read_text())["flags"]
+        parser.set_defaults(**{name: value for name, value in recorded.items() if name not in without})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder}: no readable config.json of a run there ({error})") from None
+    return parser.parse_args(argv), recorded
 
 def parse_train_flags(argv=None, description=None):
     """The flags of train.py, checked as far as they can be without data and model. Raises InputError."""
@@ -132,9 +128,7 @@ def parse_train_flags(argv=None, description=None):
     add_train_flags(parser)
     args = parser.parse_args(argv)
     if args.resume:
-        recorded = recorded_flags(args.resume, "--resume")
-        parser.set_defaults(**recorded)
-        args = parser.parse_args(argv)
+        args, recorded = parse_again(parser, argv, args.resume)
         for name, value in recorded.items():
             now = getattr(args, name, value)
             if now != value and name not in MAY_CHANGE:
@@ -173,9 +167,7 @@ def parse_eval_flags(argv=None, description=None):
     if args.run and args.model:
         raise InputError("--run brings its own model: leave out --model, or --run")
     if args.run:
-        recorded = recorded_flags(args.run, "--run")
-        parser.set_defaults(**{k: v for k, v in recorded.items() if k not in ("device", "dtype", "out")})
-        args = parser.parse_args(argv)
+        args, _ = parse_again(parser, argv, args.run, ("device", "dtype", "out"))
     elif not args.model and (args.explain or args.baselines is None and not args.open_ended):
         raise InputError("give --run DIR or --model NAME; or, without --explain, --baselines; see --help")
     for name in ("baselines", "candidates", "save_candidates", "save_predictions"):  # only lists have them
