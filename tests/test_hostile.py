@@ -75,22 +75,28 @@ def test_any_response_to_any_titles_has_a_finite_reward():
         segments = rerec.segment_rewards(response, spans, *judgement, 0.3, titles)
         assert len(segments) == len(response) and all(map(math.isfinite, segments))
 
-@pytest.mark.parametrize("unit", ["[", "<answer>", " ", "<answer>yes", "<answer> ", "\x00", "Soap ", "\n"])
-def test_reading_a_response_takes_linear_time(unit):
+@pytest.mark.parametrize("unit", [
+    "\\boxed{", "{", "}", "{}", "\\boxed{}", "\\boxed{A}", "A;b;", "\\text{", "\\text", "*", "(1994)", "a, the ",
+    " ", "[", "<answer>", "<answer>yes", "<answer> ", "\x00", "Soap ", "\n"])
+@pytest.mark.parametrize("frame", [
+    "{}", "\\boxed{{{}}}", "\\boxed{{x{}x}}", "<answer>{}</answer> \\boxed{{Soap}}"])
+def test_reading_a_response_takes_linear_time(unit, frame):
     """Of processor time, 16 times as much for 4 times the text would be quadratic."""
+    candidates = [Item(str(n), title) for n, title in enumerate(("Soap", "Cream", "b;c;d", "Heat (1995)"))]
+    query = data.Query("q", "", "explicit", 1, candidates, ("1",))
+
     def seconds(n):
-        candidates, best = [Item("0", "Soap"), Item("1", "Cream")], math.inf
-        query = data.Query("q", "", "explicit", 1, candidates, ("1",))
-        text = "<answer>" + unit * n + "</answer> \\boxed{Soap}"
+        text, best = frame.format(unit * n), math.inf
         for _ in range(3):
             started = time.process_time()
             r2r.parse_answer(text)
+            rewards.parse_answers(text, candidates)
             judged = rerec.score_response(text, query)
             rerec.segment_rewards(text, [(0, len(text))], judged.reward, judged.title, False, 0.3, ["Soap"])
             best = min(best, time.process_time() - started)
         return best
 
-    assert seconds(20000) < 9 * seconds(5000) + 0.01
+    assert seconds(6000) < 9 * seconds(1500) + 0.01
 
 def test_a_console_that_cannot_print_a_title(monkeypatch):
     console = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)

@@ -1,6 +1,7 @@
 """Which models work: tiny random ones of many families, their dropout, loading, adapters, refusals."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import policy
 from data import InputError
-from extras.models import add_adapters, check_model, checkpoint_activations, prepare, resolve
+from extras.models import add_adapters, check_model, check_width, checkpoint_activations, prepare, resolve
 from steps import plain_row
 
 COMMON = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -96,12 +97,19 @@ def test_what_would_be_wrong_without_a_word_is_refused(tokenizer, name, settings
         check_model(model, tokenizer, "folder")
     assert not model.training and all(p.grad is None for p in model.parameters())  # left as it was
 
-def test_rows_beyond_a_limit_of_another_name_are_refused(tokenizer):
-    model = build("gpt_neo", WORKING["gpt_neo"] | {"window_size": 40}, len(tokenizer))
-    check_model(model, tokenizer, "gpt_neo")  # too few tokens to notice
-    assert differences(model, tokenizer, [(20, 2, 12)], new=3) < 1e-4
-    with pytest.raises(InputError, match="longer than the model's .* of 40"):
-        differences(model, tokenizer, [(35, 2, 12)], new=3)
+@pytest.mark.parametrize("settings, limit", [
+    ({"max_position_embeddings": 40}, 40), ({"window_size": 40}, 40), ({"sliding_window": 40}, 40),
+    ({"sliding_window": None}, 999), ({"sliding_window": 40, "layer_types": ["full_attention"] * 2}, 999),
+    ({"sliding_window": 40, "layer_types": ["full_attention", "sliding_attention"]}, 40),
+    ({"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 40}}, 40),
+    ({"rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": 40}}, 999)])
+def test_how_far_a_model_looks_back(settings, limit):
+    """By limits of several names; a window that no layer has is none."""
+    config = SimpleNamespace(**{"max_position_embeddings": 999} | settings)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
+    check_width(model, limit)
+    with pytest.raises(InputError, match=f"{limit + 1} tokens are longer than the model's .* of {limit};"):
+        check_width(model, limit + 1)
 
 @pytest.mark.parametrize("name, rates", [
     ("gpt2", ["resid_pdrop", "embd_pdrop", "attn_pdrop"]),
@@ -130,20 +138,6 @@ def test_model_names(tmp_path):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(InputError, match=r"^.*cannot load.*\Z"):  # in one line
             policy.load(str(tmp_path))
-
-def test_a_saved_model_reads_and_scores_as_it_did(model, tokenizer, tmp_path):
-    """Weights may also come from elsewhere: a run's state."""
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    loaded, again = policy.load(str(tmp_path))
-    (tmp_path / "model.safetensors").unlink()
-    doubled, _ = policy.load(str(tmp_path), weights={k: 2 * v for k, v in model.state_dict().items()})
-    for one, other, twice in zip(model.parameters(), loaded.parameters(), doubled.parameters()):
-        assert torch.equal(one, other) and torch.equal(2 * one, twice)
-    for text in ("kind mask 12, scent 0.\n<answer>no</answer>", "Café 2000 (4.5)", "日本 <|im_end|>\n\n"):
-        ids = tokenizer(text).input_ids
-        assert again(text).input_ids == ids
-        assert torch.equal(loaded(torch.tensor([ids])).logits, model(torch.tensor([ids])).logits)
 
 def test_adapters_start_as_nothing_train_alone_and_merge(tokenizer, monkeypatch):
     model = build("llama", {}, len(tokenizer))

@@ -122,26 +122,23 @@ def test_flags_of_another_run_are_refused(state, capsys):
     assert again == recorded and changed == recorded | {"micro_batch": 7}
 
 @pytest.mark.parametrize("method, change", [
-    ("rerec", "training"), ("r2rank", "history"), ("r2rank", "title")])
+    ("rerec", "training"), ("r2rank", "history"), ("r2rank", "title"), ("rerec", "words")])
 def test_other_data_are_refused(state, capsys, monkeypatch, method, change):
-    """The same users, but other purchases in training or before a test; or a title that reads otherwise."""
-    shop, out = data.load("toy"), state(method)
+    """The same users, but other purchases in training or before a test; a title, or a request, reads
+    otherwise."""
+    shop, out, draw = data.load("toy"), state(method), queries.QueryBuilder.draw
     items, sequences = dict(shop.items), dict(shop.sequences)
     if change == "title":
         items = {i: replace(item, title=f"New {item.title}") for i, item in items.items()}
+    elif change == "words":
+        monkeypatch.setattr(queries.QueryBuilder, "draw", lambda *a, **k: [
+            replace(q, text=f"{q.text}!") for q in draw(*a, **k)])
     else:
         users = {user for user, _ in shop.splits["train" if change == "training" else "test"]}
         sequences |= {u: [*sequences[u][:-1][::-1], sequences[u][-1]] for u in users}
     other = replace(shop, items=items, sequences=sequences)
     monkeypatch.setattr(data, "load", lambda *_: other)
     assert "not those that the run began with" in refusal(capsys, "--resume", out)
-
-def test_other_requests_are_refused(state, capsys, monkeypatch):
-    """The same candidates and right items, asked for in other words."""
-    draw = queries.QueryBuilder.draw
-    monkeypatch.setattr(queries.QueryBuilder, "draw", lambda *a, **k: [
-        replace(q, text=f"{q.text}!") for q in draw(*a, **k)])
-    assert "not those that the run began with" in refusal(capsys, "--resume", state("rerec"))
 
 def test_other_lists_to_evaluate_on_are_refused(tmp_path, toy, capsys):
     path, lists = tmp_path / "lists.jsonl", toy.examples("test", 4, 6)

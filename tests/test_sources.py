@@ -23,13 +23,6 @@ def test_a_download_that_fails_names_url_and_place(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="--cache-dir"):
         data.load("beauty", cache_dir=Path(__file__))
 
-def test_a_damaged_download_is_named_with_the_remedy(tmp_path):
-    complete = gzip.compress(random.Random(0).randbytes(100_000))  # incompressible
-    for damaged in (complete[:-9], complete[:500] + b"\0\0\0" + complete[503:], b"<html>moved"):
-        (tmp_path / "a.gz").write_bytes(damaged)
-        with pytest.raises(InputError, match="a.gz: cannot be read .*delete it"):
-            list(data.read_lines(tmp_path / "a.gz"))
-
 REVIEWS = [("A1", "B1", 5.0, 1300000000), ("A1", "B2", 3.0, 1200000000), ("A1", "B3", 4.0, 1400000000),
            ("A2", "B3", 1.0, 1350000000), ("A2", "B4", 2.0, 1360000000)]
 JSON_REVIEWS = [json.dumps({"reviewerID": u, "asin": i, "overall": r, "unixReviewTime": t, "summary": "fine"})
@@ -114,17 +107,21 @@ def test_readers_survive_anything(tmp_path):
             with contextlib.suppress(InputError):
                 read(*given)
 
-def test_a_download_is_complete_and_a_cut_one_is_fetched_again_and_then_named(tmp_path, monkeypatch):
-    complete = gzip.compress(b"a line\n" * 1000)
-    arrives = [complete[:-9], complete]
+def test_a_cut_or_damaged_download_is_fetched_again_and_then_named(tmp_path, monkeypatch):
+    complete, arrives = gzip.compress(random.Random(0).randbytes(100_000)), []  # incompressible
     monkeypatch.setattr("torch.hub.download_url_to_file",
                         lambda url, path: Path(path).write_bytes(arrives.pop(0)))
     folder = tmp_path / "new" / "folder"
-    for _ in range(2):  # the second time it is there
-        path = sources.fetch("http://example.org/x.gz", folder)
-        assert path.read_bytes() == complete and not arrives and list(folder.iterdir()) == [path]
-    path.unlink()
-    arrives += [complete[:20], complete[:30]]
-    with pytest.raises(InputError, match="example.org/x.gz.*cut off or damaged.*yourself"):
-        sources.fetch("http://example.org/x.gz", folder)
-    assert not list(folder.iterdir())
+    for damaged in (complete[:-9], complete[:500] + b"\0\0\0" + complete[503:], b"<html>moved"):
+        arrives[:] = [damaged, complete]
+        for _ in range(2):  # the second time it is there
+            path = sources.fetch("http://example.org/x.gz", folder)
+            assert path.read_bytes() == complete and not arrives and list(folder.iterdir()) == [path]
+        path.unlink()
+        arrives[:] = [damaged, damaged]
+        with pytest.raises(InputError, match="example.org/x.gz.*cut off or damaged.*yourself"):
+            sources.fetch("http://example.org/x.gz", folder)
+        assert not list(folder.iterdir())
+    (tmp_path / "a.gz").write_bytes(complete[:-9])  # put there by hand
+    with pytest.raises(InputError, match="a.gz: cannot be read .*delete it"):
+        list(data.read_lines(tmp_path / "a.gz"))
