@@ -107,10 +107,8 @@ class SASRec(nn.Module):
 def fit_sasrec(num_items, sequences, epochs=50, lr=1e-3, num_negatives=1024, batch_size=256, seed=0,
                stop=None, **sizes):
     """Train a SASRec on sequences of item numbers; `stop` as in rewards.fit_lightgcn.
-
     Deviation: a softmax over the target and `num_negatives` items, uniform and shared by a batch, in place of
-    a logistic loss with one. Nothing pushes down the history's items: leave them out of a ranking.
-    """
+    a logistic loss with one. Nothing pushes down the history's items: leave them out of a ranking."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():  # weights and dropout draw from it
         torch.manual_seed(seed)

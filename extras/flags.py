@@ -132,8 +132,7 @@ def parse_train_flags(argv=None, description=None):
         for name, value in recorded.items():
             now = getattr(args, name, value)
             if now != value and name not in MAY_CHANGE:
-                raise InputError(f"--resume {args.resume}: this would make it another run: {spelled(name)} "
-                                 f"{value} -> {now}. Leave it out, or start a new run")
+                raise InputError(f"--resume: that would be another run: {spelled(name)} {value} -> {now}")
         args.out = args.resume
         return args
     other = "r2rank" if args.method == "rerec" else "rerec"

@@ -25,8 +25,7 @@ def resolve(name):
     if family in ORGANISATIONS and "/" not in name:
         return f"{ORGANISATIONS[family]}/{name}"
     if name[:1] in "./~" or name.count("/") != 1:
-        raise InputError(f"--model {name}: no such folder of a model; give `tiny`, a folder, a hub id, or "
-                         f"a bare name of {', '.join(ORGANISATIONS)}")
+        raise InputError(f"--model {name}: no such folder, hub id, or name of {', '.join(ORGANISATIONS)}")
     return name
 
 def from_pretrained(source, dtype, weights=None):
@@ -43,11 +42,8 @@ def from_pretrained(source, dtype, weights=None):
         raise InputError(f"--model: cannot load {source} ({error!r:.300})") from None
 
 def prepare(model):
-    """What every model gets: no dropout, and gradient checkpointing that keeps the shared prefix.
-
-    Every rate of dropout is set to 0, under whatever name, in modules and their configs: a search for
-    nn.Dropout does not find a plain number (`self.dropout = 0.1`).
-    """
+    """What every model gets: no dropout, under whatever name, in modules and configs (a search for nn.Dropout
+    misses `self.dropout = 0.1`), and gradient checkpointing that keeps the shared prefix."""
     for module in model.modules():
         is_dropout = "dropout" in type(module).__name__.lower()
         for holder in (module, getattr(module, "config", module)):
@@ -118,13 +114,11 @@ def _compare(model, tokenizer):
     # Of unequal length: padding makes holes, which positions by column (ALiBi) do not survive.
     prefix, suffixes, responses = ids[:9], [ids[9:11], ids[11:20]], [ids[20:26], ids[26:30]]
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.2  # two right passes in bfloat16 differ by this
-
     # Logits must be the output layer's, to the bit in any precision: not scaled, not capped.
     state = model.base_model(torch.tensor([prefix], device=model.device)).last_hidden_state
     layers = head(state)[0].float()
     if not (layers - _logits(model, prefix)).abs().max() <= 1e-3 * layers.abs().max():
         raise ValueError("its logits are scaled or capped")
-
     # Log-probabilities in train mode, with gradient checkpointing where it is on.
     shared, mask, hidden = policy.token_logprobs(model.train(), prefix, suffixes, responses)
     (shared.sum() + hidden.sum()).backward()  # whatever the update does must work, too
@@ -134,7 +128,6 @@ def _compare(model, tokenizer):
         difference = (shared[n][mask[n]] - plain).abs().max().item()
         if not difference < tolerance:  # a number that is none fails, too
             raise ValueError(f"log-probabilities differ by {difference:.2g} nats from the model's own")
-
     # Three greedy tokens, and the state after the last.
     prompts, greedy = [policy.Prompt(prefix, suffixes)], policy.Sampling(3, greedy=True)
     rollout = policy.sample_rows(model.eval(), tokenizer, prompts, 1, greedy)

@@ -117,22 +117,20 @@ class QueryBuilder:
         the kind; no phrases where no item can stand for a value. Named items are added to `excluded`."""
         pairs, wrong, phrases = self.pairs[positive.id], None, []
         conditions = rng.sample(pairs, min(rng.randint(1, self.max_conditions), len(pairs)))
-        for name, value in conditions:
+        for n, (name, value) in enumerate(conditions):
             plain = name.replace("_", " ")
             noun, wording = WORDING.get(name, (plain, f"with {plain}"))
-            if kind == "explicit" or wrong:
+            if kind == "explicit" or kind == "misinformed" and n > 0:
                 phrases.append(f"{wording} {value}")
                 continue
             named = self._items_for(rng, name, value, positive, excluded)
-            if not named:
+            true = {pair for x in (*named, positive) for pair in self.pairs[x.id]}
+            false = [pair for pair in self.with_pair if pair[0] == name and pair not in true]
+            if not named or kind == "misinformed" and not false:
                 return [], [], None
             excluded |= {x.id for x in named}
             phrases.append(f"with the same {noun} as " + " and ".join(x.title for x in named))
             if kind == "misinformed":
-                true = {pair for x in (*named, positive) for pair in self.pairs[x.id]}
-                false = [pair for pair in self.with_pair if pair[0] == name and pair not in true]
-                if not false:
-                    return [], [], None
                 wrong = rng.choice(false)
                 phrases[0] += f" ({noun} {wrong[1]}, if I remember rightly)"
         return phrases, conditions, wrong

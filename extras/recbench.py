@@ -24,17 +24,14 @@ FILES = {"explicit": "Explicit", "implicit": "Implicit", "misinformed": "Misinfo
 TEXTS = ("query", "situational_description_query", "direct_description_query")
 # Between the titles of a sequence: arrows and bars, commas after a year, commas between quotes.
 SEQUENCE = re.compile(r"""\s*(?:->|→|\[SEP\]|\|)\s*|(?<=\(\d{4}\))\s*,\s*|['"],\s*['"]""")
-MALFORMED = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, StopIteration)
 
 class RecBench:
     """The catalogue and the queries in dataset/{domain}/ of a RecBench+ copy. Raises InputError.
-
     The catalogue is movies.dat (`id::title (year)::genre|genre`), books.dat (`id::title`), or where that is
     missing every book that a record names. Items have the attributes that *all* have: a movie's genres.
     holders: (relation, value) -> ids of the items known to have it, also from what the queries ask and hint.
     That is known of right items and hardly of others: a prompt that showed it would give the answer away.
-    pools: query id -> ids of the right answers of its record. left_out: query id -> why it is no query.
-    """
+    pools: query id -> ids of the right answers of its record. left_out: query id -> why it is no query."""
 
     def __init__(self, folder, domain, history_length=10):
         base = Path(folder).expanduser() / "dataset" / domain
@@ -57,7 +54,7 @@ class RecBench:
             try:
                 for number, record in enumerate(json.loads(path.read_text("utf-8-sig"))):
                     self.add_queries(kind, record, number)
-            except MALFORMED as error:
+            except Exception as error:  # of the many kinds that a malformed record may raise
                 raise InputError(f"{path} record {number}: expected JSON, a list of records with text, "
                                  f"titles and conditions; {error!r}") from None
 
@@ -80,7 +77,7 @@ class RecBench:
         return list(found)
 
     def add_queries(self, kind, record, number):
-        """Add the queries of one record of a file. A malformed record raises one of MALFORMED."""
+        """Add the queries of one record of a file. A malformed record raises."""
         domain, several = self.domain, kind in ("interest", "demographics")
         group = f"{domain}-{kind}-{clean(str(record.get('data_idx', number)))}"
         requests = record["query & ground true"] if several else [record]
@@ -172,13 +169,11 @@ class RecBenchQueries:
 
 def open_ended(response, truths, match="recbench", domain="movie"):
     """Score an answer without candidates: {"precision", "recall", "ndcg": float, "ftr": bool}.
-
     truths: the right titles as the data write them. ftr (fail to recommend): no [SEP] in the response.
     match="recbench": the benchmark's rule, without its knowledge graph; it reproduces the published scores. A
       prediction hits the first truth with a SequenceMatcher ratio >= 0.8. A movie loses quotes and year, its
       truth does not. A truth hit twice counts twice in NDCG alone, which can exceed 1.
-    match="exact" (ours): equal names, and equal years where both have one. Each truth is hit once.
-    """
+    match="exact" (ours): equal names, and equal years where both have one. Each truth is hit once."""
     parts, truths, hits = response.split("[SEP]"), list(truths), []
     if match == "exact":
         predictions = [title_key(p.strip()[:300]) for p in parts if p.strip()]  # no title is longer
@@ -215,7 +210,7 @@ def read_responses(path, bench):
             record = json.loads(line)
             name, response = str(record["id"]), str.strip(record["response"])
             kinds = [record["kind"]] if record.get("kind") else FILES
-        except MALFORMED:
+        except Exception:
             raise bad_line((path, number), '{"id", "response": text}', line) from None
         found = [i for i in (name, *(f"{bench.domain}-{k}-{name}" for k in kinds)) if i in bench.pools]
         unclear = f'it is of {", ".join(found) or "no query"}; add "kind"'

@@ -123,13 +123,11 @@ def read_table(path, *required):
     if not types.keys() >= {*required} or not {*types.values()} <= {*TYPES}:
         expected = f"`field:type` with tabs between, {', '.join(required)}, and types of {', '.join(TYPES)}"
         raise bad_line((path, 1), expected, ", ".join(types))
-
     def rows():
         for number, fields in lines:
             if len(fields) != len(types):
                 raise bad_line((path, number), f"{len(types)} fields with tabs between", "\t".join(fields))
             yield number, dict(zip(types, fields))
-
     return types, rows()
 
 def read_interactions(path, split):
