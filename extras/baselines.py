@@ -134,14 +134,16 @@ def fit_sasrec(num_items, sequences, epochs=50, lr=1e-3, num_negatives=1024, bat
 def fit_ranker(fit, ranker_of, validate, every, patience):
     """The ranker of the best epoch; looks at one in `every`, and ends after `patience` without a better one.
     fit: takes `stop`, as fit_lightgcn; ranker_of: model -> ranker; validate: ranker -> float."""
-    values, rankers = [], []
+    values, best = [], []
     def stop(model, epoch):
         if epoch % every == 0:
-            rankers.append(ranker_of(copy.deepcopy(model).eval()))
-            values.append(validate(rankers[-1]))
-            return len(values) - 1 - values.index(max(values)) == patience
+            ranker = ranker_of(copy.deepcopy(model).eval())
+            values.append(validate(ranker))
+            waited = len(values) - 1 - values.index(max(values))
+            best[:] = best if waited else [ranker]
+            return waited == patience
     fit(stop=stop)
-    return rankers[values.index(max(values))]
+    return best[0]
 
 def fit_baselines(dataset, names=BASELINES, seed=0, num_validation=2000):
     """{name: ranker}. Raises InputError for unknown names, and where a baseline has nothing to learn from."""

@@ -81,8 +81,8 @@ class RecBench:
         domain, several = self.domain, kind in ("interest", "demographics")
         group = f"{domain}-{kind}-{clean(str(record.get('data_idx', number)))}"
         requests = record["query & ground true"] if several else [record]
-        if domain == "movie":  # the benchmark's evaluation counts the empty queries of books alone
-            requests = [r for r in requests if r]
+        # The benchmark's evaluation counts the empty queries of books alone.
+        requests = [r for r in requests if r or domain == "book"]
         titles = {n: r.get(f"{domain}Subset") or r[f"{domain} subset"] for n, r in enumerate(requests) if r}
         conditions = tuple((name.lower(), clean(v)) for name, v in record.get("sharedRelationships") or [])
         for hint in (record.get("multihop_info") or []) + (record.get("misinformed") or []):
@@ -142,7 +142,7 @@ class RecBenchQueries:
         for q in bench.queries:
             u = random.Random(f"{seed}/split/{q.user}").random()
             if q.kind in (kinds or there):
-                self.splits[SPLITS[(u >= 0.8) + (u >= 0.9)]].append(q)
+                self.splits["train" if u < 0.8 else "validation" if u < 0.9 else "test"].append(q)
 
     def draw(self, split, count, start=0):
         """At most `count` queries, each once. start > 0: as many as asked for, with other negatives."""

@@ -114,7 +114,8 @@ def test_how_far_a_model_looks_back(settings, limit):
 @pytest.mark.parametrize("name, rates", [
     ("gpt2", ["resid_pdrop", "embd_pdrop", "attn_pdrop"]),
     ("starcoder2", ["residual_dropout", "embedding_dropout", "attention_dropout"]),
-    ("biogpt", ["hidden_dropout_prob", "attention_probs_dropout_prob", "layerdrop"])])
+    ("biogpt", ["hidden_dropout_prob", "attention_probs_dropout_prob", "layerdrop"]),
+    ("falcon", ["attention_dropout", "hidden_dropout"])])  # read from the config in each pass
 def test_no_dropout_under_any_name(tokenizer, tmp_path, name, rates):
     """A folder's config asks for it; once loaded, the model scores in train mode as in eval mode."""
     published = build(name, dict.fromkeys(rates, 0.1), len(tokenizer))

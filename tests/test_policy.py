@@ -126,14 +126,6 @@ def test_an_empty_response_reads_the_prompts_last_token(model, rollout):
 
 # --- sampling ---
 
-def test_greedy_sampling_is_the_argmax_of_the_plain_forward(model, tokenizer, rollout):
-    prefix, suffixes = rollout.prefixes[0], rollout.suffixes[:5]
-    rows = policy.sample(model, tokenizer, prefix, suffixes, 1, max_new_tokens=6, greedy=True)
-    for suffix, (response,) in zip(suffixes, rows):
-        for t, token in enumerate(response):
-            ids = torch.tensor([prefix + suffix + response[:t]])
-            assert model(ids).logits[0, -1].argmax().item() == token
-
 @pytest.mark.parametrize("max_rows", [1, 320])
 def test_what_is_sampled_is_what_is_scored(model, tokenizer, rollout, max_rows, monkeypatch):
     """Lists in one `generate` call or in two; responses of all lengths; each ends with its first stop."""
