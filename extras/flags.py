@@ -78,7 +78,28 @@ def add_common_flags(parser, by_method=("max_new_tokens", "micro_batch", "eval_l
         *values, kind, text = DEFAULTS[name]
         add(spelled(name), type=kind, metavar="N", help=f"{text} ({', '.join(map(str, values))})")
 
-def add_train_flags(parser):
+def fill_defaults(args):
+    """Give every flag of DEFAULTS that the user left open its value."""
+    column = 2 * (args.method == "rerec") + (args.model != "tiny")
+    for name, values in DEFAULTS.items():
+        if getattr(args, name, 0) is None:
+            tenfold = name in ("lr", "sft_lr") and args.lora  # adapters learn at ten times the rate
+            setattr(args, name, 10 * values[column] if tenfold else values[column])
+
+def parse_again(parser, argv, folder, without=()):
+    """(flags, those that are recorded in a run directory), which are the defaults. Raises InputError."""
+    try:
+        recorded = json.loads((Path(folder) / "config.json").read_text())["flags"]
+        parser.set_defaults(**{name: value for name, value in recorded.items() if name not in without})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder}: no readable config.json of a run there ({error})") from None
+    return parser.parse_args(argv), recorded
+
+def parse_train_flags(argv=None, description=None):
+    """The flags of train.py, checked as far as they can be without data and model. Raises InputError."""
+    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--method", choices=("r2rank", "rerec"), default="r2rank", help="(r2rank)")
+    add_common_flags(parser, DEFAULTS)
     add = parser.add_argument_group("R2Rank").add_argument
     add("--pl", choices=("exact", "sample"), default="exact", help="V: exact, or by REINFORCE (exact)")
     add("--credit", choices=("item", "list", "none"), default="item", help="a rationale's advantage (item)")
@@ -102,30 +123,6 @@ def add_train_flags(parser):
     add("--out", metavar="DIR", help="run directory (runs/DATA-MODEL, numbered when taken)")
     add("--resume", metavar="DIR", help="go on with the run in DIR, with the flags it has")
     add("--save-every", type=COUNT, default=50, metavar="N", help="steps between states (50)")
-
-def fill_defaults(args):
-    """Give every flag of DEFAULTS that the user left open its value."""
-    column = 2 * (args.method == "rerec") + (args.model != "tiny")
-    for name, values in DEFAULTS.items():
-        if getattr(args, name, 0) is None:
-            tenfold = name in ("lr", "sft_lr") and args.lora  # adapters learn at ten times the rate
-            setattr(args, name, 10 * values[column] if tenfold else values[column])
-
-def parse_again(parser, argv, folder, without=()):
-    """(flags, those that are recorded in a run directory), which are the defaults. Raises InputError."""
-    try:
-        recorded = json.loads((Path(folder) / "config.json").read_text())["flags"]
-        parser.set_defaults(**{name: value for name, value in recorded.items() if name not in without})
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder}: no readable config.json of a run there ({error})") from None
-    return parser.parse_args(argv), recorded
-
-def parse_train_flags(argv=None, description=None):
-    """The flags of train.py, checked as far as they can be without data and model. Raises InputError."""
-    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--method", choices=("r2rank", "rerec"), default="r2rank", help="(r2rank)")
-    add_common_flags(parser, DEFAULTS)
-    add_train_flags(parser)
     args = parser.parse_args(argv)
     if args.resume:
         args, recorded = parse_again(parser, argv, args.resume)

@@ -76,8 +76,8 @@ def test_any_response_to_any_titles_has_a_finite_reward():
         assert len(segments) == len(response) and all(map(math.isfinite, segments))
 
 @pytest.mark.parametrize("unit", [
-    "\\boxed{", "{", "}", "{}", "\\boxed{}", "\\boxed{A}", "A;b;", "\\text{", "\\text", "*", "(1994)", "a, the ",
-    " ", "[", "<answer>", "<answer>yes", "<answer> ", "\x00", "Soap ", "\n"])
+    "\\boxed{", "{", "}", "{}", "\\boxed{}", "\\boxed{A}", "A;b;", "\\text{", "\\text", "*", "(1994)", " ",
+    "a, the ", "[", "<answer>", "<answer>yes", "<answer> ", "\x00", "Soap ", "\n"])
 @pytest.mark.parametrize("frame", [
     "{}", "\\boxed{{{}}}", "\\boxed{{x{}x}}", "<answer>{}</answer> \\boxed{{Soap}}"])
 def test_reading_a_response_takes_linear_time(unit, frame):
