@@ -263,7 +263,8 @@ def test_other_bad_input(tmp_path, shop, monkeypatch, capsys):
     ("user_id\titem_id\n", THINGS, ["shop.inter line 1", "field:type"]),
     ("user_id:token\titem_id:tokens\n", THINGS, ["shop.inter line 1", "token_seq"]),
     ("", THINGS, ["shop.inter line 1", "user_id"]),
-    (INTER, ITEM + "x\tA\tB\tK\ny\tA\tB\tK\nx\tC\tB\tK\n", ["shop.item line 4", "'x'"]),
+    (INTER, ITEM + "x\tA\tB\tK\ny\tA\tB\tK\nx\tC\tB\tK\n", ["shop.item line 4", "line 2", "'x'"]),
+    (INTER, ITEM + "\tA\tB\tK\n", ["shop.item line 2", "an item_id"]),
     ("user_id:token\titem_id_list:token_seq\titem_id:token\n", THINGS, ["user_id, item_id, timestamp"]),
 ])
 def test_bad_files_are_named(tmp_path, inter, item, words):

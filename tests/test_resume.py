@@ -119,6 +119,7 @@ def test_flags_of_another_run_are_refused(state, capsys):
 
     recorded, again, changed = (vars(parse_train_flags(["--resume", str(out), *more])) for more in (
         [], METHODS["rerec"], ["--micro-batch", "7"]))
+    assert recorded["reward_weights"] == {"query_alignment": 0.01, "preference_alignment": 0.0}
     assert again == recorded and changed == recorded | {"micro_batch": 7}
 
 @pytest.mark.parametrize("method, change", [
