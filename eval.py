@@ -164,8 +164,9 @@ class ListTest:
         self.hash = data.fingerprint(self.items)
 
     def measure(self, model, tokenizer, head, items, label):
-        """Scores of some of the lists: [[K numbers]]."""
-        return [s.tolist() for s, _ in model_scores(model, tokenizer, head, items, self.args, label)]
+        """Of some of the lists: [(K scores, a rationale of each candidate)]."""
+        found = model_scores(model, tokenizer, head, items, self.args, label)
+        return [(scores.tolist(), [texts[0] for texts in rationales]) for scores, rationales in found]
 
     def report(self, results):
         """The report of {system: scores of all lists} beside random and popularity: printed, and a dict."""
@@ -238,11 +239,11 @@ class RequestTest:
         return results
 
     def measure(self, model, tokenizer, head, items, label):
-        """Metrics of some of the requests: [{metric: value}]."""
+        """Of some of the requests: [({metric: value}, [the response])]."""
         answers = self.answers(model, tokenizer, items, label)
-        return [{"accuracy": float(judged.correct), "format_rate": float(judged.boxed),
-                 "length": float(length), "ndcg@10": rerec.answers_ndcg(judged.answers, query.truths, 10)}
-                for query, (_, judged, length) in zip(items, answers)]
+        return [({"accuracy": float(judged.correct), "format_rate": float(judged.boxed),
+                  "length": float(length), "ndcg@10": rerec.answers_ndcg(judged.answers, query.truths, 10)},
+                 [text]) for query, (text, judged, length) in zip(items, answers)]
 
     def guesses(self):
         """The same of answers drawn at random."""
@@ -325,6 +326,12 @@ def open_model(args, dataset):
     print(f"note: this run has not finished; its state is of {state['stage']} step {state['step']}")
     return model, tokenizer, head, stage
 
+def read_rationales(folder):
+    """What a run's model said about the first test lists, or requests, before RL: [texts]."""
+    path = Path(folder) / "rationales.json"
+    said = json.loads(path.read_text()) if path.exists() else {}
+    return said.get("sft") or said.get("zero-shot") or []
+
 def main(args):
     from extras.flags import load_data
     dataset = load_data(args)
@@ -349,12 +356,12 @@ def main(args):
         model, tokenizer, head, name = open_model(args, dataset)
         torch.manual_seed(args.seed)
         from extras.explain import explain_lists, explain_requests
-        some = test.items[:args.explain]
+        some, before = test.items[:args.explain], read_rationales(args.run) if args.run else []
         if args.explain and args.method == "rerec":
-            return explain_requests(some, test.answers(model, tokenizer, some))
+            return explain_requests(some, test.answers(model, tokenizer, some), before)
         if args.explain:
-            return explain_lists(some, model_scores(model, tokenizer, head, some, args))
-        results[name] = test.measure(model, tokenizer, head, test.items, "eval")
+            return explain_lists(some, model_scores(model, tokenizer, head, some, args), before)
+        results[name] = [row for row, _ in test.measure(model, tokenizer, head, test.items, "eval")]
     report = test.report(results)
     if args.baselines is not None:
         print(HANDICAPS)

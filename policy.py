@@ -45,16 +45,17 @@ MARK = "\u241e"          # stands for the user's text while a template is render
 
 # --- loading --------------------------------------------------------------------------------------------
 
-def load(name, device="cpu", dtype=torch.float32, texts=(), seed=0, weights=None):
+def load(name, device="cpu", dtype=torch.float32, texts=(), seed=0, weights=None, layers=1):
     """(model in eval mode, tokenizer). Raises InputError.
 
-    texts: what the tokenizer of `tiny` is trained on. weights: a state_dict, for a folder that has none.
+    texts: what the tokenizer of `tiny` is trained on; layers: how many it has. weights: a state_dict, for a
+    folder that has none.
     """
     from extras.models import from_pretrained, prepare, resolve
     source = resolve(name)
     if source == "tiny":
         from extras.toy import build_tiny
-        model, tokenizer = build_tiny(texts, seed)
+        model, tokenizer = build_tiny(texts, seed, layers)
         for parameter in model.parameters():  # not the buffers: rotary frequencies stay in float32
             parameter.data = parameter.data.to(dtype)
     else:

@@ -9,7 +9,7 @@ of candidate i = 1..K under its g-th rationale, g = 1..G, and R(sigma) = NDCG@10
     score_loss     -V(s), or REINFORCE, -mean_m (R_m - b_m) log P(sigma_m|s), b_m the other R's mean  (--pl)
     item_credit    Q_{i,g} - mean_g Q_{i,g},  Q_{i,g} = mean_{g'} V(s_{1,g'},..,s_{i,g},..,s_{K,g'})
     advantages     item: item_credit / (std Q + delta);  list: (R_g - mean R) / (std R + delta)  (--credit)
-    train_step     score loss (mean over lists and columns g) + clipped token loss (mean over tokens)
+    train_step     score loss (mean over lists, columns) + w (clipped token loss + beta k3, mean over tokens)
 
 Deviations and choices (the paper leaves them open unless said otherwise):
   1. s = f(h) reads the state h at the rationale's last token: the score can depend on what was reasoned.
@@ -22,7 +22,8 @@ Deviations and choices (the paper leaves them open unless said otherwise):
   6. A warm-up fits the head alone, on rationales of the model as it is, before credit acts.
   7. Scores are read from the states that sampling computes anyway, and a first update takes the old
      log-probabilities from its own pass. In bfloat16 these states differ from the update's by rounding.
-  8. Both losses have weight 1; the gradient of E[V] would weigh the token loss some ten times as much.
+  8. The token loss has weight 1 (10 on the toy, --token-weight): the gradient of E[V] itself would weigh it
+     some ten times as much as the score loss, since the division by all tokens and by std Q takes that away.
 """
 
 import math
@@ -232,7 +233,7 @@ def learning_signal(rollout, scores, relevance, num_lists, pl="exact", credit="i
     return torch.cat(gradients + empty), torch.cat(credits + empty), utility, alive
 
 def backward(model, head, rollout, signal, tokens, args, old_logprobs=None, ref_logprobs=None):
-    """Add the gradient of score loss + token loss (+ kl_coef * k3) to the parameters. Returns metrics.
+    """Add the gradient of score loss + token_weight * (token loss + kl_coef * k3). Returns metrics.
 
     The token loss is divided by `tokens`, those of the whole step: micro-batches, padding and skipped lists
     do not change it. Lists without signal are skipped, unless they pay their KL. old_logprobs None: this is
@@ -255,11 +256,11 @@ def backward(model, head, rollout, signal, tokens, args, old_logprobs=None, ref_
             sums["clipped"] += outside[mask].sum().item() / tokens
             sums["entropy"] -= logprobs.detach()[mask].sum().item()
             sums["updated"] += mask.sum().item()
-            loss = loss + token_loss
             if args.kl_coef:
                 kl = policy.k3_kl(logprobs, ref_logprobs[rows, :width])[mask].sum() / tokens
                 sums["kl"] += kl.item()
-                loss = loss + args.kl_coef * kl
+                token_loss = token_loss + args.kl_coef * kl
+            loss = loss + args.token_weight * token_loss
         loss.backward()
     return sums
 
@@ -311,6 +312,9 @@ def train_step(model, tokenizer, head, lists, optimizer, args, reference=None):
         "truncated": sum(len(r) >= args.max_new_tokens for r in rollout.responses) / count["rationales"],
         "score_std": sum(s.std().item() for s in rollout.by_list(scores)) / count["lists"]})
     sums["entropy"] /= max(1, sums.pop("updated"))
+    if args.data == "toy" and not args.no_reasoning:  # there it is known what is worth looking up
+        from extras.toy import relevant_lookups
+        sums["relevant_lookups"] = relevant_lookups(optimizer.gather(texts))
     return sums | {"grad_norm": norm, "tokens": count["tokens"],
                    "length": count["tokens"] / count["rationales"],
                    "seconds_sample": sampled - started, "seconds": time.perf_counter() - started}
@@ -332,6 +336,10 @@ def score_lists(model, tokenizer, head, lists, args, num_samples=1):
     model was not trained; then log p(yes) - log p(no) at its answer.
     """
     rollout = reason(model, tokenizer, lists, args, num_samples, greedy=num_samples == 1)
+    if getattr(args, "swap_rationales", False):  # does the score listen? each gets its neighbour's rationale
+        rows = [block.roll(1, 0).flatten() for block in rollout.by_list(torch.arange(len(rollout.owner)))]
+        rollout.responses = [rollout.responses[n] for n in torch.cat(rows).tolist()]
+        _, rollout.hidden = policy.all_logprobs(model, rollout, args.micro_batch)
     scores = head(rollout.hidden) if head else answer_log_odds(model, tokenizer, rollout, args.micro_batch)
     texts = iter(tokenizer.batch_decode(rollout.responses, skip_special_tokens=True))
     return [(s.mean(1).float().cpu(), [[next(texts) for _ in row] for row in s])

@@ -52,6 +52,8 @@ import r2r
 import rerec
 from data import InputError
 
+SHOWN = 10  # test lists, or requests, whose rationales are kept for eval.py --explain
+
 
 # --- run directory --------------------------------------------------------------------------------------
 
@@ -76,13 +78,13 @@ class Run:
         self.args, self.fingerprint = args, fingerprint
         self.out = parallel.gather([choose_directory(args)])[0]  # rank 0's choice is everybody's
         self.model = self.tokenizer = self.head = self.queue = self.state = self.log_file = None
-        self.results, self.started, self.failures = {}, time.perf_counter(), 0
+        self.results, self.texts, self.started, self.failures = {}, {}, time.perf_counter(), 0
         if args.resume:
             self.state = read_state(self.out)
             if self.state["fingerprint"] != fingerprint:
                 raise InputError(f"--resume {self.out}: the lists, requests or texts are not those that the "
                                  f"run began with; put them back, or start a new run")
-            self.results = self.state["results"]
+            self.results, self.texts = self.state["results"], self.state["texts"]
 
     def begin(self, dataset):
         """Make the directory, now that flags, data and model are right; or open the rest of the state."""
@@ -157,8 +159,9 @@ class Run:
             torch.save({
                 "stage": stage, "step": step, "weights": self.weights(), "optimizer": optimizer.state_dict(),
                 "head": self.head and self.head.state_dict(), "queue": self.queue and self.queue.state_dict(),
-                "random": every, "results": self.results, "fingerprint": self.fingerprint,
-                "log_bytes": self.log_file.tell() if self.log_file else 0, "seconds": self.seconds(),
+                "random": every, "results": self.results, "texts": self.texts,
+                "fingerprint": self.fingerprint, "seconds": self.seconds(),
+                "log_bytes": self.log_file.tell() if self.log_file else 0,
             }, self.out / "state.tmp")
             (self.out / "state.tmp").replace(self.out / "state.pt")
 
@@ -177,7 +180,8 @@ class Run:
         rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items()}
         self.log_file.write(json.dumps({"stage": stage, "step": step, **rounded}) + "\n")
         self.log_file.flush()
-        names = ("loss", "utility", "accuracy", "format_rate", "entropy", "length", "seconds")
+        names = ("loss", "utility", "accuracy", "relevant_lookups", "format_rate", "entropy", "length",
+                 "seconds")
         shown = {k: f"{metrics[k]:.3g}" for k in names if metrics.get(k) is not None}
         if bar is not None:
             bar.set_postfix(shown)
@@ -185,10 +189,13 @@ class Run:
             tqdm.write(f"{stage} {step:4d}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
 
     def evaluate(self, test, name, head):
-        """The test's results on every item, shared out among the processes."""
+        """The test's results on every item, shared out among the processes, and what the model said."""
         items = self.parallel.my_share(test.items)
-        found = test.measure(self.model, self.tokenizer, head, items, name)
-        self.results[name] = self.parallel.gather(found)
+        with torch.random.fork_rng():  # sampled rationales are those that eval.py will sample
+            torch.manual_seed(self.args.seed)
+            found = test.measure(self.model, self.tokenizer, head, items, name)
+        found = self.parallel.gather(found)
+        self.results[name], self.texts[name] = map(list, zip(*found))
 
     def finish(self, adapters):
         """The checkpoint, an ordinary Hugging Face folder."""
@@ -206,8 +213,16 @@ class Run:
             folder.rmdir()
 
     def write_results(self, report):
-        """eval.json and result.json; then the run has finished, and its state goes."""
+        """eval.json, rationales.json and result.json; then the run has finished, and its state goes."""
         from extras.report import write_result
+        if self.args.data == "toy" and self.head:  # there it is known what is worth looking up
+            from extras.toy import relevant_lookups
+            report["relevant_lookups"] = {name: relevant_lookups(sum(texts, []))
+                                          for name, texts in self.texts.items()}
+            print("relevant look-ups: " + ", ".join(f"{name} {share:.0%}" for name, share
+                                                    in report["relevant_lookups"].items() if share))
+        said = {name: texts[:SHOWN] for name, texts in self.texts.items()}
+        (self.out / "rationales.json").write_text(json.dumps(said, indent=1) + "\n")
         (self.out / "eval.json").write_text(evaluation.dump(report))
         write_result(self.out, report, self.seconds())
         for name in ("state.pt", "reference.pt"):
@@ -325,8 +340,8 @@ def build_model(args, method, run):
         folder = str(run.out / "checkpoint")
         model, tokenizer = policy.load(folder, device, dtype, weights=run.state["weights"])
     else:
-        texts = method.texts() if args.model == "tiny" else []
-        model, tokenizer = policy.load(args.model, device, dtype, texts, args.seed)
+        texts, layers = method.texts() if args.model == "tiny" else [], 2 if method.task else 1
+        model, tokenizer = policy.load(args.model, device, dtype, texts, args.seed, layers=layers)
         if args.model == "tiny" and method.task:
             from extras.toy import prepare_for_requests
             prepare_for_requests(model, tokenizer, method.test.dataset)

@@ -12,8 +12,8 @@ import data
 from data import InputError
 
 MAY_CHANGE = ("device", "micro_batch", "gradient_checkpointing", "save_every", "cache_dir", "resume", "out")
-R2RANK_FLAGS = ("pl", "credit", "score_gradient", "head_lr", "warmup_steps", "no_reasoning", "eval_samples",
-                "candidates", "negatives", "teacher")
+R2RANK_FLAGS = ("pl", "credit", "score_gradient", "head_lr", "token_weight", "warmup_steps", "no_reasoning",
+                "eval_samples", "candidates", "negatives", "teacher")
 REREC_FLAGS = ("query_kinds", "num_queries", "reward_weights", "raae_penalty", "min_std", "tau",
                "no_curriculum", "personalized")
 
@@ -28,19 +28,21 @@ def above_0(kind, zero=False):
 COUNT, COUNT_OR_0, RATE, RATE_OR_0 = (above_0(kind, zero) for kind in (int, float) for zero in (False, True))
 # Four defaults, type and help. R2Rank with tiny and with other models, then ReRec: tiny starts from nothing.
 DEFAULTS = {
-    "sft_steps": (400, 0, 550, 0, COUNT_OR_0, "of the cold start"),
-    "sft_lr": (1e-3, 1e-5, 1.5e-3, 1e-5, RATE, "of the cold start"),
-    "warmup_steps": (2, 4, None, None, COUNT_OR_0, "batches to fit the head on before RL"),
-    "steps": (30, 200, 80, 200, COUNT_OR_0, "of RL"),
+    "sft_steps": (600, 0, 550, 0, COUNT_OR_0, "of the cold start"),
+    "sft_lr": (2e-3, 1e-5, 1.5e-3, 1e-5, RATE, "of the cold start"),
+    "warmup_steps": (24, 4, None, None, COUNT_OR_0, "batches to fit the head on before RL"),
+    "steps": (60, 200, 80, 200, COUNT_OR_0, "of RL"),
     "batch_lists": (4, 4, 16, 16, COUNT, "lists, or requests, a step of RL"),
     "group_size": (4, 4, 8, 5, COUNT, "rationales a candidate, or responses a request"),
-    "lr": (5e-5, 6e-6, 1.5e-4, 5e-6, RATE, "of the model in RL"),
-    "head_lr": (3e-4, 3e-5, None, None, RATE, "of the score head in RL"),
+    "lr": (2e-4, 6e-6, 1.5e-4, 5e-6, RATE, "of the model in RL"),
+    "head_lr": (1e-3, 3e-5, None, None, RATE, "of the score head in RL"),
+    "token_weight": (10.0, 1.0, None, None, RATE_OR_0, "of the token loss beside the score loss"),
     "kl_coef": (0.0, 0.0, 0.01, 0.01, RATE_OR_0, "of the KL to the model before RL"),
     "num_queries": (None, None, 400, 2000, COUNT, "training requests, which epochs go through"),
     "max_new_tokens": (48, 256, 28, 256, COUNT, "longest rationale or response"),
     "micro_batch": (80, 8, 80, 8, COUNT, "rows a pass; lower it when memory runs out"),
     "eval_lists": (200, 100, 200, 100, COUNT, "test lists or requests"),
+    "eval_samples": (2, 1, None, None, COUNT, "rationales a score in evaluation; 1: a greedy one"),
 }
 
 def reward_weights(text):
@@ -52,7 +54,7 @@ def reward_weights(text):
 def spelled(name):
     return f"--{name.replace('_', '-')}"
 
-def add_common_flags(parser, by_method=("max_new_tokens", "micro_batch", "eval_lists")):
+def add_common_flags(parser, by_method=("max_new_tokens", "micro_batch", "eval_lists", "eval_samples")):
     """The flags of both commands, in groups; by_method: those of DEFAULTS."""
     add = parser.add_argument_group("data").add_argument
     add("--data", default="toy", help="toy; beauty, toys, sports, games, instruments (Amazon 2014); "
@@ -71,7 +73,6 @@ def add_common_flags(parser, by_method=("max_new_tokens", "micro_batch", "eval_l
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="(auto: bfloat16 on cuda)")
     add("--no-reasoning", action="store_true", help="the control: the head reads the bare prompt")
     add("--temperature", type=RATE, default=1.0, help="of sampling and scoring alike (1)")
-    add("--eval-samples", type=COUNT, default=1, metavar="N", help="rationales a score; 1: a greedy one (1)")
     add("--seed", type=int, default=0, help="of data, weights, sampling and order (0)")
     add = parser.add_argument_group("defaults of R2Rank: tiny, others; ReRec: tiny, others").add_argument
     for name in by_method:
@@ -156,6 +157,7 @@ def parse_eval_flags(argv=None, description=None):
     add("--count-misses", action="store_true", help="--candidates without a relevant item count as 0")
     add("--save-predictions", metavar="FILE", help="TREC run of all systems, judgements in FILE.qrels")
     add("--open-ended", metavar="FILE", help="RecBench+'s own metrics of a JSONL of {id, response}")
+    add("--swap-rationales", action="store_true", help="score each candidate by its neighbour's rationale")
     add("--explain", type=COUNT, metavar="N", help="print N lists with scores and rationales, no metrics")
     add("--out", metavar="FILE", help="report (eval.json, or eval-again.json in the run directory)")
     parser.set_defaults(model=None, method="r2rank")

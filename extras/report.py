@@ -20,6 +20,7 @@ from eval import intervals
 from extras.flags import run_main
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: for all eyes
+CURVES = {"utility": "expected NDCG@10", "accuracy": "accuracy", "relevant_lookups": "relevant look-ups"}
 BEFORE = ("head-only", "sft", "zero-shot")  # the model before RL: the first of them that a run has
 
 def write_result(folder, report, seconds):
@@ -118,25 +119,28 @@ def table(block):
     return "\n".join(lines)
 
 def plot(blocks, out):
-    """A row of two panels a block: the training curve, and the main metric on the test lists."""
+    """A row of panels a block: the training curves, and the main metric on the test lists."""
     try:
         import matplotlib.figure
     except ImportError:
         raise InputError("--figure needs matplotlib: pip install matplotlib") from None
     matplotlib.rcParams.update({"svg.hashsalt": "report", "svg.fonttype": "none"})  # a file of the runs alone
-    figure = matplotlib.figure.Figure((10, 3.6 * len(blocks)), layout="constrained")
-    for block, (left, right) in zip(blocks, figure.subplots(len(blocks), 2, squeeze=False)):
-        metric, colours = metric_of(next(iter(block.values()))[0]), dict(zip(block, len(block) * COLOURS))
-        column = "accuracy" if metric == "accuracy" else "utility"
-        for name, group in block.items():
-            curves = [r["curve"]["rl"] for r in group if "rl" in r["curve"]]
-            y = [mean(seeds) for seeds in zip(*(curve[column] for curve in curves))]
-            left.plot(curves[0]["step"][:len(y)] if y else [], y, color=colours[name])
+    figure = matplotlib.figure.Figure((12, 3.6 * len(blocks)), layout="constrained")
+    for block, part in zip(blocks, figure.subfigures(len(blocks), 1, squeeze=False).flat):
+        first, colours = next(iter(block.values()))[0], dict(zip(block, len(block) * COLOURS))
+        metric = metric_of(first)
+        columns = [c for c in CURVES if any(c in r["curve"].get("rl", {}) for g in block.values() for r in g)]
+        *panels, right = part.subplots(1, len(columns) + 1, squeeze=False).flat
+        for panel, column in zip(panels, columns):
+            for name, group in block.items():
+                curves = [r["curve"]["rl"] for r in group if column in r["curve"].get("rl", {})]
+                y = [mean(seeds) for seeds in zip(*(curve[column] for curve in curves))]
+                panel.plot(curves[0]["step"][:len(y)] if y else [], y, color=colours[name])
+            panel.set(title=f"{CURVES[column]}, in training", xlabel="step; colours as on the right")
         for name, (values, _) in summarise(block).items():
             label = f"{name} {mean(values):.3f}"
             right.barh(label, mean(values), color=colours.get(name, "0.8"))
             right.plot(values, [label] * len(values), "k.")
-        left.set(title=f"{column} in training", xlabel="step; colours as on the right")
         right.set(title=f"{metric} on the test lists", xlabel="dots: seeds; grey: baselines")
         right.invert_yaxis()
     figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)

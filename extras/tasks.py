@@ -42,7 +42,7 @@ def template_lessons(dataset, tokenizer, args):
         for _ in range(1000):
             target = rng.choice(targets)
             example = dataset.example(target, args.num_candidates, args.history_length, args.seed)
-            traces = [(c, *toy.judge_trace(example.history, c, reasoning)) for c in example.candidates]
+            traces = [(c, *toy.judge_trace(example.history, c, rng, reasoning)) for c in example.candidates]
             yes, no = [t for t in traces if t[2]], [t for t in traces if not t[2]]
             count = min(3, len(yes), len(no) // 2)
             if count:

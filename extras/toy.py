@@ -7,6 +7,7 @@ something to find: R2Rank's judges by one attribute alone, ReRec's often says wh
 import itertools
 import math
 import random
+import re
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -19,27 +20,29 @@ ATTRIBUTES = {
     "brand": "Avelle Borealis Cassia Dovena Elmira Fjord Ginkgo Halcyon Isolde Juno Kestrel Lumora".split(),
     "kind": "cleanser cream lipstick lotion mascara mask perfume polish powder serum shampoo soap".split(),
     "scent": "almond cedar citrus coconut ginger jasmine lavender mint rose vanilla".split(),
+    "colour": "amber azure coral indigo ivory khaki lilac ochre scarlet teal".split(),
 }
+TASTE = {"kind": 6.0, "scent": 6.0}  # log-odds that a favourite adds; brand and colour do not matter
+LOOK_UPS = 2  # attributes that the teacher looks up
 EXERCISE = "Go through the candidates."  # the request that look_up_exercise answers
-TASTE = {"brand": 3.5, "kind": 4.5, "scent": 4.5}  # log-odds that a favourite adds to an item's being chosen
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 def shop(seed=0, num_items=400, num_users=600):
-    """A small shop whose users mostly buy what meets several of their favourites (two brands, kinds, scents).
+    """A small shop whose users mostly buy what is of a favourite kind and scent (each user has two of both).
 
     60% of the users are for training (14 purchases each), 10% for validation and 30% for test (11 each); the
-    first ten are always the history. One purchase in 25 is a whim, drawn uniformly; appeal differs."""
+    first ten are always the history. One purchase in 50 is a whim, drawn uniformly; appeal differs."""
     rng = random.Random(f"toy/{seed}")
     items, combinations = {}, list(itertools.product(*ATTRIBUTES.values()))
-    for n, (brand, kind, scent) in enumerate(rng.sample(combinations, num_items)):
-        attributes = {"brand": (brand,), "kind": (kind,), "scent": (scent,)}
-        items[f"T{n:03d}"] = Item(f"T{n:03d}", f"{brand} {scent} {kind}", attributes)
+    for n, (brand, kind, scent, colour) in enumerate(rng.sample(combinations, num_items)):
+        attributes = {"brand": (brand,), "kind": (kind,), "scent": (scent,), "colour": (colour,)}
+        items[f"T{n:03d}"] = Item(f"T{n:03d}", f"{brand} {colour} {scent} {kind}", attributes)
     appeal = {i: rng.gauss(0, 0.5) for i in items}
     sequences, splits, train_length = {}, {"train": [], "validation": [], "test": []}, {}
     for n in range(num_users):
         user = f"u{n:03d}"
-        taste = {name: set(rng.sample(values, 2)) for name, values in ATTRIBUTES.items()}
+        taste = {name: set(rng.sample(ATTRIBUTES[name], 2)) for name in TASTE}
         split = "train" if n < 0.6 * num_users else "validation" if n < 0.7 * num_users else "test"
         length = 14 if split == "train" else 11
         weight = {i: math.exp(appeal[i] + sum(w for a, w in TASTE.items() if x.attributes[a][0] in taste[a]))
@@ -47,7 +50,7 @@ def shop(seed=0, num_items=400, num_users=600):
         chosen = []
         while len(chosen) < length:
             left = [i for i in items if i not in chosen]
-            whim = rng.random() < 0.04
+            whim = rng.random() < 0.02
             chosen.append(rng.choice(left) if whim else rng.choices(left, [weight[i] for i in left])[0])
         rng.shuffle(chosen)  # the best matches go first: shuffled, the target is no harder than the history
         sequences[user] = [Interaction(i, float(t)) for t, i in enumerate(chosen)]
@@ -55,11 +58,12 @@ def shop(seed=0, num_items=400, num_users=600):
         splits[split] += [(user, p) for p in range(10, length)]
     return Dataset("toy", items, sequences, splits, train_length)
 
-def build_tiny(texts, seed=0, vocab_size=2000, hidden_size=192, num_layers=2, num_heads=6):
+def build_tiny(texts, seed=0, num_layers=1, vocab_size=2000, hidden_size=192, num_heads=6):
     """(model, tokenizer): a random small Llama (1M parameters) with a byte-level BPE trained on `texts`.
 
-    Two choices let it learn to look things up within hundreds of steps instead of thousands: weights of the
-    scale 1/sqrt(width), and keys that start equal to the queries, so that a token attends to its like."""
+    Three choices let it learn to look things up within hundreds of steps instead of thousands: weights of the
+    scale 1/sqrt(width); keys that start equal to the queries, so that a token attends to its like; and output
+    projections that start as the value projections transposed, so that a head hands on what it attends to."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -78,7 +82,9 @@ def build_tiny(texts, seed=0, vocab_size=2000, hidden_size=192, num_layers=2, nu
             initializer_range=0.85 * hidden_size**-0.5, bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
         for layer in model.model.layers:
-            layer.self_attn.k_proj.load_state_dict(layer.self_attn.q_proj.state_dict())
+            attention = layer.self_attn
+            attention.k_proj.load_state_dict(attention.q_proj.state_dict())
+            attention.o_proj.weight.data.copy_(attention.v_proj.weight.data.T)
     return model, tokenizer
 
 @torch.no_grad()
@@ -95,13 +101,11 @@ def add_words(model, tokenizer, words):
 def favour_copying(model, offsets=(1, 2, 3), sharpness=5.0):
     """Start a tiny model as a copying machine: it then learns to pick from a list in hundreds of steps.
 
-    A head hands on what it attends to (output = value projection transposed); MLPs start small; the first
-    layer's first heads attend `offsets` tokens back: a bias b for the query, and b rotated by the offset for
-    the key, make their product largest there, since rotary positions turn both."""
+    MLPs start small; the first layer's first heads attend `offsets` tokens back: a bias b for the query, and
+    b rotated by the offset for the key, make their product largest there: rotary positions turn both."""
     size = model.config.hidden_size // model.config.num_attention_heads
     base = model.config.rope_parameters["rope_theta"]
     for layer in model.model.layers:
-        layer.self_attn.o_proj.weight.copy_(layer.self_attn.v_proj.weight.T)
         layer.mlp.down_proj.weight.mul_(0.1)
     attention = model.model.layers[0].self_attn
     for head, offset in enumerate(offsets):
@@ -119,15 +123,23 @@ def prepare_for_requests(model, tokenizer, dataset):
     favour_copying(model)
     add_words(model, tokenizer, dict.fromkeys(f" {shown_title(item)}" for item in dataset.items.values()))
 
-def judge_trace(history, candidate, reasoning=True):
-    """R2Rank's teacher: (response, its answer). It counts each attribute in the history, judges by the first.
+def judge_trace(history, candidate, rng, reasoning=True):
+    """R2Rank's teacher: (response, its answer). It looks some attributes of the candidate up in the history,
+    truly but at random, and answers by what it found: what is worth looking up it does not know.
     Each claim repeats the attribute beside its evidence: a small model then needs one look-up, not two."""
-    counts = {f"{name} {values[-1]}": sum(values[-1] in item.attributes.get(name, ()) for item in history)
-              for name, values in candidate.attributes.items()}
-    yes = bool(counts) and next(iter(counts.values())) >= max(1, round(0.2 * len(history)))
+    names = rng.sample(list(candidate.attributes), min(LOOK_UPS, len(candidate.attributes)))
+    counts = {f"{name} {candidate.attributes[name][-1]}":
+              sum(candidate.attributes[name][-1] in item.attributes.get(name, ()) for item in history)
+              for name in names}
+    yes = bool(counts) and sum(counts.values()) >= max(1, round(0.3 * len(history)))
     evidence = ", ".join(f"{claim} {n}" for claim, n in counts.items()) or "nothing known"
     answer = f"<answer>{'yes' if yes else 'no'}</answer>"
     return (f"In the history: {evidence}.\n{answer}" if reasoning else answer), yes
+
+def relevant_lookups(texts):
+    """The share of the attributes named in rationales that have to do with taste; 0 where none is."""
+    named = [name for text in texts for name in re.findall(rf"\b({'|'.join(ATTRIBUTES)})\b", text)]
+    return sum(name in TASTE for name in named) / len(named) if named else 0.0
 
 def answer_trace(query, rng):
     """ReRec's teacher: a true claim about any candidate, then for each condition about one that meets it and
@@ -165,7 +177,9 @@ def ranking_texts(example, dataset):
     import r2r
     frame = [r2r.SYSTEM, r2r.QUESTION, r2r.QUESTION_WITHOUT_REASONING,
              "The user's history, oldest first:\n- ", "\nCandidate: "]
-    return dataset.texts() + frame * 3 + [judge_trace(example.history, c)[0] for c in dataset.items.values()]
+    rng = random.Random(0)
+    traces = [judge_trace(example.history, c, rng)[0] for c in dataset.items.values()]
+    return dataset.texts() + frame * 3 + traces
 
 def request_texts(source, dataset, args):
     """The same of ReRec."""

@@ -33,7 +33,7 @@ def toy():
 @pytest.fixture(scope="session")
 def model_and_tokenizer(toy):
     """A random tiny model: every property below holds for any weights."""
-    return policy.load("tiny", texts=toy.texts() + [r2r.SYSTEM, r2r.QUESTION] * 3, seed=0)
+    return policy.load("tiny", texts=toy.texts() + [r2r.SYSTEM, r2r.QUESTION] * 3, seed=0, layers=2)
 
 @pytest.fixture
 def model(model_and_tokenizer):

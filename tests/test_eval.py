@@ -18,7 +18,7 @@ from data import Example, Item
 from eval import METRICS, QUERY_METRICS, intervals, list_metrics
 from extras.flags import parse_eval_flags
 from rewards import ndcg_at_k
-from runs import SMALL, main, refusal, run_train, small, small_run  # noqa: F401
+from runs import METHODS, SMALL, main, refusal, run_train, small, small_run  # noqa: F401
 
 def interval(values, users=None):
     return intervals({"": values}, users)[""]
@@ -178,10 +178,12 @@ def test_explain_scores_no_more_than_it_shows(small, monkeypatch):
     printed = evaluate("--run", small.folder, "--explain", 2)
     assert len(scored) == 2 and printed.count("=== ") == 2
     assert sum(line.startswith(" *") for line in printed.splitlines()) >= 2  # what is right is marked
+    said = read(small.folder / "rationales.json")["sft"][0][0].split()
+    assert said and f"before | {said[0]}" in printed.replace("before|", "before |")  # beside that of now
 
 def test_models_outside_a_run(tmp_path, tmp_path_factory):
     """A checkpoint is its run's `rl`, also where it does not reason; without a head it is untrained."""
-    run_train(*SMALL, "--no-reasoning", "--out", tmp_path / "bare")
+    run_train(*METHODS["r2rank"], "--no-reasoning", "--out", tmp_path / "bare")
     for folder in (small_run("r2rank", tmp_path_factory).folder, tmp_path / "bare"):
         flags = ["--eval-lists", 4, "--num-candidates", 6, "--max-new-tokens", 12]
         evaluate("--model", folder / "checkpoint", *flags, "--out", tmp_path / "e.json")

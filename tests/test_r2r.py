@@ -43,7 +43,8 @@ def objective(model, head, rollout, args, old_rows=None, reference=None):
     with torch.no_grad():
         refs = [plain_row(reference, rollout, n, args.temperature)[0] for n in size] if args.kl_coef else rows
     loss, metrics = token_terms(rows, old_rows or [r.detach() for r in rows], refs, advantages, args.kl_coef)
-    return loss - sum(values) / len(values), metrics | {"utility": sum(values).item() / len(values)}
+    utility = sum(values) / len(values)
+    return args.token_weight * loss - utility, metrics | {"utility": utility.item()}
 
 def take_step(model, head, tokenizer, lists, args, reference=None, **recorder):
     """(gradients of each update, metrics) of r2r.train_step on copies of model and head."""
@@ -212,3 +213,17 @@ def test_warm_up_fits_the_head_and_learns_no_noise_by_heart():
         r2r.score_loss(heads[2](h), y)[0].mean().backward()
         optimizers[2].step()
     assert heads[1](fresh).std() < 0.5 * heads[2](fresh).std()
+
+def test_swapped_rationales_are_scored_where_they_are_put(model, tokenizer, score_head, toy, monkeypatch):
+    """--swap-rationales: each candidate is scored by its own prompt and its neighbour's rationale."""
+    rollouts, reason = [], r2r.reason
+    monkeypatch.setattr(r2r, "reason", lambda *a, **k: rollouts.append(reason(*a, **k)) or rollouts[-1])
+    lists = [(e.history, e.candidates) for e in toy.examples("test", 2, 4)]
+    found = [r2r.score_lists(model, tokenizer, score_head, lists, settings(swap_rationales=swap))
+             for swap in (False, True)]
+    plain, swapped = rollouts
+    for start in (0, 4):
+        assert swapped.responses[start:start + 4] == [plain.responses[start + n] for n in (3, 0, 1, 2)]
+    rows = [score_head(plain_row(model, swapped, n)[1]).item() for n in range(8)]
+    assert torch.cat([scores for scores, _ in found[1]]).tolist() == pytest.approx(rows, abs=1e-4)
+    assert found[0][0][0].tolist() != pytest.approx(rows[:4], abs=1e-4)

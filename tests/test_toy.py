@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -13,15 +14,35 @@ import rerec
 from data import InputError, Item, attribute_pairs
 from extras import tasks
 from extras.queries import QueryBuilder
-from extras.toy import add_words, answer_trace, favour_copying, judge_trace, look_up_exercise
+from extras.toy import (ATTRIBUTES, add_words, answer_trace, favour_copying, judge_trace, look_up_exercise,
+                        relevant_lookups)
 from steps import settings
 
 def test_a_trace_about_a_candidate_by_hand():
     past = [Item(b + k, "", {"brand": (b,), "kind": ("All", k)}) for b, k in ("Ax", "Ay", "Bx")]
-    liked, other = (Item("c", "", {"brand": (b,), "kind": ("All", k)}) for b, k in ("Ay", "Cx"))
-    assert judge_trace(past, liked) == ("In the history: brand A 2, kind y 1.\n<answer>yes</answer>", True)
-    assert judge_trace(past, other) == ("In the history: brand C 0, kind x 2.\n<answer>no</answer>", False)
-    assert judge_trace(past, other, reasoning=False) == ("<answer>no</answer>", False)
+    liked, other = (Item("c", "", {"brand": (b,), "kind": ("All", k)}) for b, k in ("Ay", "Cz"))
+    traces = {judge_trace(past, liked, random.Random(n)) for n in range(20)}
+    assert traces == {(f"In the history: {found}.\n<answer>yes</answer>", True)
+                      for found in ("brand A 2, kind y 1", "kind y 1, brand A 2")}
+    assert not judge_trace(past, other, random.Random(0))[1]
+    assert judge_trace(past, other, random.Random(0), reasoning=False) == ("<answer>no</answer>", False)
+
+def test_the_teacher_looks_up_at_random_and_truly(toy):
+    """Two of four attributes, each as often; the share of those that matter is what RL shall raise."""
+    rng, texts = random.Random(0), []
+    for e in toy.examples("train", 30):
+        for c in e.candidates:
+            texts.append(judge_trace(e.history, c, rng)[0])
+            looked_up_truly(texts[-1], e.history, c)
+    counts = [sum(f"{name} " in text for text in texts) for name in ATTRIBUTES]
+    assert sum(counts) == 1200 and min(counts) > 250 and 0.47 < relevant_lookups(texts) < 0.53
+    assert relevant_lookups(["kind soap 1, brand Fjord 0", "scent mint"]) == 2 / 3
+    assert relevant_lookups([""]) == 0
+
+def looked_up_truly(text, history, candidate):
+    for name, value, n in re.findall(r"(\w+) (\w+) (\d+)", text):
+        assert candidate.attributes[name][-1] == value
+        assert sum(value in h.attributes[name] for h in history) == int(n)
 
 def claims(lines, candidates):
     """[pairs], [items] of lines such as `brand Avelle TITLE`, all of them true."""
@@ -70,7 +91,7 @@ def test_lessons_are_one_yes_to_two_no_and_never_of_a_held_out_pair(tokenizer, s
         every = [(e, r2r.build_prompt(tokenizer, e.history, e.candidates)) for e in lists]
         e, whole = next(pair for pair in every if pair[1].prefix_ids == prompt.prefix_ids)
         for suffix, text in zip(prompt.suffix_ids, texts, strict=True):
-            assert text == judge_trace(e.history, e.candidates[whole.suffix_ids.index(suffix)])[0]
+            looked_up_truly(text, e.history, e.candidates[whole.suffix_ids.index(suffix)])
     for e in lists:
         held_out = {x.item_id for x in shop.sequences[e.user][-2:]}
         assert not held_out & {x.id for x in e.history + e.candidates} and all(x.ago for x in e.history)

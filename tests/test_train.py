@@ -22,7 +22,7 @@ from runs import small  # noqa: F401
 from steps import plain_row
 
 def test_a_run_leaves_its_files(small, toy):
-    names = {"config.json", "metrics.jsonl", "eval.json", "result.json", "checkpoint"}
+    names = {"config.json", "metrics.jsonl", "eval.json", "result.json", "rationales.json", "checkpoint"}
     assert {p.name for p in small.folder.iterdir()} == names
     config, report, result = (json.loads((small.folder / f"{n}.json").read_text())
                               for n in ("config", "eval", "result"))
@@ -53,7 +53,7 @@ def test_the_checkpoint_is_an_ordinary_folder(small, toy):
 def test_the_same_seed_gives_the_same_run(tmp_path, tmp_path_factory):
     """Also from the command line, where the directory is the first free one."""
     (tmp_path / "runs/toy-tiny").mkdir(parents=True)
-    done = subprocess.run([sys.executable, ROOT / "train.py", *SMALL], cwd=tmp_path, text=True,
+    done = subprocess.run([sys.executable, ROOT / "train.py", *METHODS["r2rank"]], cwd=tmp_path, text=True,
                           capture_output=True, timeout=300)
     assert done.returncode == 0 and "runs/toy-tiny-2" in done.stdout, done.stderr
     same(tmp_path / "runs/toy-tiny-2", small_run("r2rank", tmp_path_factory).folder)
