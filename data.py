@@ -136,9 +136,12 @@ class Dataset:
         return Example(user, history, [self.items[i] for i in ids], [float(i == positive) for i in ids])
 
     def history(self, user, position, length=10):
-        """The latest `length` items before a position, as prompts show them; see choice 3."""
-        target = self.sequences[user][position]
-        past = [x for x in self.sequences[user][:position] if x.item_id != target.item_id]
+        """The latest `length` items before a position, as prompts show them; see choice 3.
+
+        The position after the last: nothing is left out, and ages are those at the last interaction."""
+        sequence = self.sequences[user]
+        target = sequence[min(position, len(sequence) - 1)]
+        past = [x for x in sequence[:position] if x.item_id != target.item_id or position == len(sequence)]
         return [replace(self.items[x.item_id], rating=x.rating, ago=self._ago(x, target))
                 for x in past[max(0, len(past) - length):]]
 

@@ -2,6 +2,8 @@
 
     python eval.py --run runs/toy-tiny                      a run, on its own test lists
     python eval.py --run runs/toy-tiny --explain 3          three lists as a person wants to see them
+    python eval.py --run runs/toy-tiny --recommend u001     what the model recommends to a user
+    python eval.py --run runs/toy-tiny-rerec --ask "..."    a request of your own
     python eval.py --model Qwen2.5-1.5B --data beauty       an untrained model: log p(yes) - log p(no)
     python eval.py --baselines --data beauty                what to compare with, on the same lists
     python eval.py --open-ended answers.jsonl --data recbench:movie --data-dir DIR     RecBench+'s own metrics
@@ -15,7 +17,6 @@ import itertools
 import json
 import math
 import random
-import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -128,11 +129,6 @@ def table(systems, metrics=("ndcg@10", "hr@10", "mrr")):
                      + "".join(f" {values[m]['mean']:8.3f}" for m in others))
     return "\n".join(lines)
 
-def ranking(scores, seed=0):
-    """Indices by descending score; ties in a random order that follows from the seed."""
-    jitter = random.Random(seed)
-    return sorted(range(len(scores)), key=lambda i: (-float(scores[i]), jitter.random()))
-
 
 # --- lists (R2Rank) -------------------------------------------------------------------------------------
 
@@ -197,25 +193,6 @@ def finish_report(test, systems, values, metric, metrics):
             "differences": paired_differences(values, test.users, metrics),
             "users": [number[u] for u in test.users],
             "values": {name: v[metric] for name, v in values.items()}}
-
-def save_predictions(path, examples, scores):
-    """Ranked lists in TREC format, `query Q0 item rank score system` a line; judgements in PATH.qrels.
-
-    scores: {system: [(K,) ...]}. A query is LINE/USER: its line in the file of --save-candidates, and the
-    user. White space in names becomes %20 and the like, `%` becomes %25: two names never meet.
-    """
-    def name(text):
-        return re.sub(r"[\s%]", lambda m: f"%{ord(m[0]):02X}", str(text)) or "%"
-
-    queries = [f"{n}/{name(e.user)}" for n, e in enumerate(examples, start=1)]
-    with open(path, "w", encoding="utf-8") as f:
-        for system, lists in scores.items():
-            for n, (query, e, s) in enumerate(zip(queries, examples, lists)):
-                for rank, i in enumerate(ranking(s, n), start=1):
-                    f.write(f"{query} Q0 {name(e.candidates[i].id)} {rank} {float(s[i])!r} {name(system)}\n")
-    with open(f"{path}.qrels", "w", encoding="utf-8") as f:
-        for query, e in zip(queries, examples):
-            f.writelines(f"{query} 0 {name(c.id)} {y:g}\n" for c, y in zip(e.candidates, e.relevance))
 
 
 # --- requests (ReRec) -----------------------------------------------------------------------------------
@@ -356,6 +333,11 @@ def main(args):
         model, tokenizer, head, name = open_model(args, dataset)
         torch.manual_seed(args.seed)
         from extras.explain import explain_lists, explain_requests
+        from extras.recommend import ask, recommend_users
+        if args.ask:
+            return ask(dataset, args, model, tokenizer)
+        if args.recommend:
+            return recommend_users(dataset, args, model, tokenizer, head)
         some, before = test.items[:args.explain], read_rationales(args.run) if args.run else []
         if args.explain and args.method == "rerec":
             return explain_requests(some, test.answers(model, tokenizer, some), before)
@@ -366,6 +348,7 @@ def main(args):
     if args.baselines is not None:
         print(HANDICAPS)
     if args.save_predictions:
+        from extras.explain import save_predictions
         save_predictions(args.save_predictions, test.items, test.scores)
     out.write_text(dump(report))
     print(f"written to {out}")

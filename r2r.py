@@ -373,6 +373,11 @@ def rank(model, tokenizer, head, history, candidates, num_samples=1, max_new_tok
     order = scores.argsort(descending=True, stable=True).tolist()
     return [Ranked(candidates[i], scores[i].item(), rationales[i][0]) for i in order]
 
+def recommend(model, tokenizer, head, dataset, user, item_ids, top=10, history_length=10, **settings):
+    """The best `top` of the items `item_ids` for a user of the data set, as `rank` orders them."""
+    history = dataset.history(user, len(dataset.sequences[user]), history_length)
+    return rank(model, tokenizer, head, history, [dataset.items[i] for i in item_ids], **settings)[:top]
+
 def load_checkpoint(folder, device="cpu", dtype=torch.float32):
     """(model, tokenizer, head) of a checkpoint's folder; head None where it has none."""
     model, tokenizer = policy.load(str(folder), device, dtype)

@@ -1,10 +1,11 @@
-"""Lists and requests as a person wants to see them (`eval.py --explain N`)."""
+"""Lists and requests as a person wants to see them (`eval.py --explain N`), and as TREC's tools do."""
 
+import random
+import re
 import sys
 import textwrap
 
 from data import describe
-from eval import ranking
 
 def show(text):
     """Print what a console may not be able to."""
@@ -40,3 +41,27 @@ def explain_requests(queries, answers, before):
             show(textwrap.indent(before[n - 1][0].strip() or "(no answer)", "   before | "))
         show(textwrap.indent(text.strip() or "(no answer)", "   | "))
         show(f"   {'right' if judged.correct else 'wrong'}")
+
+def ranking(scores, seed=0):
+    """Indices by descending score; ties in a random order that follows from the seed."""
+    jitter = random.Random(seed)
+    return sorted(range(len(scores)), key=lambda i: (-float(scores[i]), jitter.random()))
+
+def save_predictions(path, examples, scores):
+    """Ranked lists in TREC format, `query Q0 item rank score system` a line; judgements in PATH.qrels.
+
+    scores: {system: [(K,) ...]}. A query is LINE/USER: its line in the file of --save-candidates, and the
+    user. White space in names becomes %20 and the like, `%` becomes %25: two names never meet.
+    """
+    def name(text):
+        return re.sub(r"[\s%]", lambda m: f"%{ord(m[0]):02X}", str(text)) or "%"
+
+    queries = [f"{n}/{name(e.user)}" for n, e in enumerate(examples, start=1)]
+    with open(path, "w", encoding="utf-8") as f:
+        for system, lists in scores.items():
+            for n, (query, e, s) in enumerate(zip(queries, examples, lists)):
+                for rank, i in enumerate(ranking(s, n), start=1):
+                    f.write(f"{query} Q0 {name(e.candidates[i].id)} {rank} {float(s[i])!r} {name(system)}\n")
+    with open(f"{path}.qrels", "w", encoding="utf-8") as f:
+        for query, e in zip(queries, examples):
+            f.writelines(f"{query} 0 {name(c.id)} {y:g}\n" for c, y in zip(e.candidates, e.relevance))

@@ -159,6 +159,12 @@ def parse_eval_flags(argv=None, description=None):
     add("--open-ended", metavar="FILE", help="RecBench+'s own metrics of a JSONL of {id, response}")
     add("--swap-rationales", action="store_true", help="score each candidate by its neighbour's rationale")
     add("--explain", type=COUNT, metavar="N", help="print N lists with scores and rationales, no metrics")
+    add("--recommend", nargs="+", metavar="USER", help="print the best items for users; all: test users")
+    add("--top", type=COUNT, default=10, metavar="N", help="items to recommend (10)")
+    add("--retrieve", type=COUNT, default=100, metavar="N", help="items that the model ranks for them (100)")
+    add("--retriever", default="item-knn", metavar="NAME", help="baseline that retrieves these (item-knn)")
+    add("--json", metavar="FILE", help="write recommendations: a line a user; goes on where it was stopped")
+    add("--ask", metavar="TEXT", help="answer a request of yours (ReRec)")
     add("--out", metavar="FILE", help="report (eval.json, or eval-again.json in the run directory)")
     parser.set_defaults(model=None, method="r2rank")
     args = parser.parse_args(argv)
@@ -166,14 +172,16 @@ def parse_eval_flags(argv=None, description=None):
         raise InputError("--run brings its own model: leave out --model, or --run")
     if args.run:
         args, _ = parse_again(parser, argv, args.run, ("device", "dtype", "out"))
-    elif not args.model and (args.explain or args.baselines is None and not args.open_ended):
+    elif not args.model and (args.explain or args.recommend or args.baselines is args.open_ended is None):
         raise InputError("give --run DIR or --model NAME; or, without --explain, --baselines; see --help")
-    for name in ("baselines", "candidates", "save_candidates", "save_predictions"):  # only lists have them
+    for name in ("baselines", "candidates", "save_candidates", "save_predictions", "recommend"):  # of lists
         if args.method == "rerec" and getattr(args, name) is not None:
             raise InputError(f"{spelled(name)} is about lists, and this run answers requests")
+    if args.ask and args.method != "rerec":
+        raise InputError("--ask needs a --run of train.py --method rerec; for R2Rank see --recommend")
     if args.model:
         fill_defaults(args)
-    for name in ("out", "save_candidates", "save_predictions"):
+    for name in ("out", "save_candidates", "save_predictions", "json"):
         path = getattr(args, name)
         if path and (Path(path).is_dir() or not Path(path).parent.is_dir()):
             raise InputError(f"{spelled(name)} {path}: give a file in a folder that exists")

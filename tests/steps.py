@@ -9,7 +9,8 @@ from extras.flags import parse_train_flags
 
 def settings(method="r2rank", **changes):
     """The flags of train.py, small, with changes."""
-    changes = {"micro_batch": 5, "max_new_tokens": 9, "group_size": 3, "kl_coef": 0.0} | changes
+    changes = {"micro_batch": 5, "max_new_tokens": 9, "group_size": 3, "kl_coef": 0.0,
+               "token_weight": None if method == "rerec" else 2.0} | changes
     return SimpleNamespace(**vars(parse_train_flags(["--method", method])) | changes)
 
 class Recorder:
