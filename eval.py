@@ -246,32 +246,13 @@ class RequestTest:
 
     def report(self, results):
         """The report of {system: metrics of all requests}, beside guesses; printed, and as a dict."""
+        from extras.explain import query_table
         rows = {"random": self.guesses()} | results
         systems = {name: self.summary(r) for name, r in rows.items()}
         values = {name: {m: [row[m] for row in r] for m in QUERY_METRICS} for name, r in rows.items()}
         print(f"\n{self.dataset.name}: {len(rows['random'])} test requests")
         print(query_table(systems))
         return finish_report(self, systems, values, "accuracy", QUERY_METRICS)
-
-def query_table(systems):
-    """Accuracy by kind and by number of conditions, a column a system; then NDCG@10, format and length."""
-    first, columns = next(iter(systems.values())), list(systems.values())
-    lines = [f"{'accuracy (top-1)':<18} {'requests':>8}" + "".join(f" {name:>9}" for name in systems)]
-
-    def line(label, cells, metric="accuracy", digits=3):
-        lines.append(f"{label:<18} {cells[0]['num_queries']:8d}"
-                     + "".join(f" {c[metric]['mean']:9.{digits}f}" for c in cells))
-
-    for group, unit in (("by_kind", ""), ("by_conditions", " conditions")):
-        for value in first[group]:
-            line(f"{value}{unit}", [s[group][value] for s in columns])
-    line("all", columns)
-    lines.append(f"{'  95% interval':<27}"
-                 + "".join(f" {s['accuracy']['low']:.2f}-{s['accuracy']['high']:.2f}" for s in columns))
-    line("NDCG@10", columns, "ndcg@10")
-    line("format rate", columns, "format_rate")
-    line("tokens", columns, "length", 1)
-    return "\n".join(lines)
 
 
 # --- command --------------------------------------------------------------------------------------------

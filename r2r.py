@@ -125,8 +125,6 @@ def expected_ndcg(scores, relevance, k=CUTOFF):
     relevance = torch.as_tensor(relevance, dtype=scores.dtype, device=scores.device)
     k = min(k, scores.shape[-1])
     gains, discounts, ideal = rewards.discounted_gains(relevance, k)
-    if ideal == 0:
-        return scores.sum(-1) * 0.0
     worthy = gains.nonzero().squeeze(-1)  # only items with a gain need the distribution of their rank
     y = torch.arange(-17.0, 4.5, 0.5, dtype=scores.dtype, device=scores.device)
     weights = (y - y.exp()).exp()  # density of y = s_i + log T_i
@@ -143,14 +141,12 @@ def expected_ndcg(scores, relevance, k=CUTOFF):
         q = q[..., None]
         counts = counts * (1 - q) + nn.functional.pad(counts, (1, -1)) * q
     at_rank = torch.einsum("...puk,u->...pk", counts, weights)  # P(rank_i = r + 1)
-    return torch.einsum("...pk,p,k->...", at_rank, gains[worthy], discounts) / ideal
+    return torch.einsum("...pk,p,k->...", at_rank, gains[worthy], discounts) / ideal.clamp(min=1e-9)
 
 def permutation_ndcg(permutation, relevance, k=CUTOFF):
     """NDCG@k of each permutation: (..., K), (K,) -> (...)."""
     gains, discounts, ideal = rewards.discounted_gains(relevance, min(k, permutation.shape[-1]))
-    if ideal == 0:
-        return gains.new_zeros(permutation.shape[:-1])
-    return (gains[permutation][..., :k] * discounts).sum(-1) / ideal
+    return (gains[permutation][..., :k] * discounts).sum(-1) / ideal.clamp(min=1e-9)
 
 def value(scores, relevance, k=CUTOFF, noise=None):
     """V(s): exact, or a mean over rankings drawn with Gumbel noise (M, K). (..., K) -> (...).
@@ -210,8 +206,7 @@ def advantages(scores, relevance, k=CUTOFF, credit="item", noise=None):
 def learning_signal(rollout, scores, relevance, num_lists, pl="exact", credit="item"):
     """What scores (N,) teach: gradient (N,) of the score loss, advantages (N,), V of each list, alive.
 
-    The score loss is a mean over `num_lists` lists, those of all processes. alive: the lists with any signal;
-    one that is ranked right with certainty has none.
+    The score loss is a mean over `num_lists` lists, those of all processes. alive: the lists with any signal.
     """
     gradients, credits, utility, alive = [], [], [], []
     for n, (s, y) in enumerate(zip(rollout.by_list(scores), relevance)):

@@ -42,6 +42,26 @@ def explain_requests(queries, answers, before):
         show(textwrap.indent(text.strip() or "(no answer)", "   | "))
         show(f"   {'right' if judged.correct else 'wrong'}")
 
+def query_table(systems):
+    """Accuracy by kind and by number of conditions, a column a system; then NDCG@10, format and length."""
+    first, columns = next(iter(systems.values())), list(systems.values())
+    lines = [f"{'accuracy (top-1)':<18} {'requests':>8}" + "".join(f" {name:>9}" for name in systems)]
+
+    def line(label, cells, metric="accuracy", digits=3):
+        lines.append(f"{label:<18} {cells[0]['num_queries']:8d}"
+                     + "".join(f" {c[metric]['mean']:9.{digits}f}" for c in cells))
+
+    for group, unit in (("by_kind", ""), ("by_conditions", " conditions")):
+        for value in first[group]:
+            line(f"{value}{unit}", [s[group][value] for s in columns])
+    line("all", columns)
+    lines.append(f"{'  95% interval':<27}"
+                 + "".join(f" {s['accuracy']['low']:.2f}-{s['accuracy']['high']:.2f}" for s in columns))
+    line("NDCG@10", columns, "ndcg@10")
+    line("format rate", columns, "format_rate")
+    line("tokens", columns, "length", 1)
+    return "\n".join(lines)
+
 def ranking(scores, seed=0):
     """Indices by descending score; ties in a random order that follows from the seed."""
     jitter = random.Random(seed)

@@ -99,7 +99,7 @@ def summarise(block):
         if system == "rl":
             for before in [s for s in BEFORE if all(s in r["systems"] for r in group)][:1]:
                 texts["before"] = f"{mean(r['systems'][before][metric]['mean'] for r in group):.3f}"
-            for column in ("entropy", "format_rate"):  # at the end of training
+            for column in ("entropy", "format_rate", "relevant_lookups"):  # at the end of training
                 ends = [r["curve"]["rl"][column][-1] for r in group if r["curve"].get("rl", {}).get(column)]
                 texts[column] = f"{mean(ends):.2f}" if ends else ""
         rows[name] = values, texts

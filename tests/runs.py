@@ -28,11 +28,12 @@ from extras import toy
 from extras.flags import parse_train_flags, run_main
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--sft-steps", "3", "--steps", "3", "--batch-lists", "2", "--group-size", "2", "--eval-lists", "4",
-         "--num-candidates", "6", "--max-new-tokens", "12", "--save-every", "2"]
+BASE = ["--sft-steps", "3", "--steps", "3", "--batch-lists", "2", "--group-size", "2", "--eval-lists", "4",
+        "--num-candidates", "6", "--max-new-tokens", "12", "--save-every", "2"]
+SMALL = [*BASE, "--warmup-steps", "2"]
 METHODS = {"r2rank": [*SMALL, "--eval-samples", "1"],
            # without LightGCN, which takes seconds
-           "rerec": [*SMALL, "--method", "rerec", "--num-queries", "6", "--reward-weights", "0.01,0"]}
+           "rerec": [*BASE, "--method", "rerec", "--num-queries", "6", "--reward-weights", "0.01,0"]}
 SHOP = functools.cache(toy.shop)  # half a second each time
 
 def main(*flags, parse=parse_train_flags, run=train.main):

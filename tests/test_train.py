@@ -17,7 +17,7 @@ import train
 from data import InputError
 from extras import tasks
 from extras.flags import DEFAULTS, parse_train_flags
-from runs import METHODS, ROOT, SMALL, metrics, refusal, run_train, run_with_states, same, small_run
+from runs import BASE, METHODS, ROOT, SMALL, metrics, refusal, run_train, run_with_states, same, small_run
 from runs import small  # noqa: F401
 from steps import plain_row
 
@@ -193,7 +193,7 @@ def test_help_answers_before_torch_is_imported(script):
     ("--sft-steps 0 --max-new-tokens 5000", "--max-new-tokens"), ("--num-candidates 2", "--teacher"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, flags, words):
-    assert words in refusal(capsys, *SMALL, "--out", tmp_path / "r", *flags.split())
+    assert words in refusal(capsys, *BASE, "--out", tmp_path / "r", *flags.split())
     assert not (tmp_path / "r").exists()
 
 def test_a_directory_in_use_is_not_overwritten(small, capsys):
