@@ -81,7 +81,7 @@ def metrics(folder):
 def same(a, b):
     """Both runs left the same, to the last bit; only times may differ."""
     assert {p.name for p in a.iterdir()} == {p.name for p in b.iterdir()} and metrics(a) == metrics(b)
-    for path in [a / "eval.json", *(a / "checkpoint").iterdir()]:
+    for path in [a / "eval.json", a / "rationales.json", *(a / "checkpoint").iterdir()]:
         if path.name != "tokenizer_config.json":  # transformers notes there where it came from
             assert path.read_bytes() == (b / path.relative_to(a)).read_bytes(), path
 

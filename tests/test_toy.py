@@ -14,8 +14,7 @@ import rerec
 from data import InputError, Item, attribute_pairs
 from extras import tasks
 from extras.queries import QueryBuilder
-from extras.toy import (ATTRIBUTES, add_words, answer_trace, favour_copying, judge_trace, look_up_exercise,
-                        relevant_lookups)
+from extras.toy import ATTRIBUTES, add_words, answer_trace, judge_trace, look_up_exercise, relevant_lookups
 from steps import settings
 
 def test_a_trace_about_a_candidate_by_hand():
@@ -36,8 +35,7 @@ def test_the_teacher_looks_up_at_random_and_truly(toy):
             looked_up_truly(texts[-1], e.history, c)
     counts = [sum(f"{name} " in text for text in texts) for name in ATTRIBUTES]
     assert sum(counts) == 1200 and min(counts) > 250 and 0.47 < relevant_lookups(texts) < 0.53
-    assert relevant_lookups(["kind soap 1, brand Fjord 0", "scent mint"]) == 2 / 3
-    assert relevant_lookups([""]) == 0
+    assert relevant_lookups(["kind soap 1, brand Fjord 0", "scent mint"]) == 2 / 3 > relevant_lookups([""]) == 0
 
 def looked_up_truly(text, history, candidate):
     for name, value, n in re.findall(r"(\w+) (\w+) (\d+)", text):
@@ -135,13 +133,3 @@ def test_added_words_are_one_token_each_and_alike_to_their_pieces(toy):
     gaps = torch.stack([weight[i] @ weight[piece] - (1.25 * len(pieces)) ** -0.5
                         for i, pieces in zip(ids, plain(titles).input_ids) for piece in pieces])
     assert gaps.mean().abs() < 0.02 and gaps.abs().max() < 0.3
-
-def test_copying_heads_attend_so_many_tokens_back(toy):
-    model, tokenizer = policy.load("tiny", texts=toy.texts())
-    favour_copying(model, offsets=(1, 2, 3))
-    model.set_attn_implementation("eager")
-    ids = torch.randint(3, len(tokenizer), (1, 120))
-    attention = model(ids, output_attentions=True).attentions[0][0]  # (heads, T, T)
-    for head, offset in enumerate((1, 2, 3)):
-        hit = attention[head].argmax(-1)[offset:] == torch.arange(120 - offset)
-        assert hit.float().mean() > 0.95
