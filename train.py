@@ -13,7 +13,8 @@ The stages, all in `stages`:
     4. evaluation   on held-out lists: after 1, after 2 (head only), after 3
 
 A run directory holds config.json (flags, versions), metrics.jsonl (a line a step), state.pt (until it has
-finished), checkpoint/ (a Hugging Face folder, with score_head.safetensors), eval.json and result.json.
+finished), checkpoint/ (a Hugging Face folder, with score_head.safetensors), rationales.json (of the first test
+lists, before and after RL), eval.json and result.json.
 
 Deviations and choices:
   1. AdamW (0.9, 0.95) without weight decay, gradient norm clipped at 1, 5% linear warm-up; in the cold start

@@ -29,8 +29,8 @@ def retrieve(dataset, name, count, folder=None, seed=0):
     index = {item: n for n, item in enumerate(dataset.item_ids)}
     histories = [[index[x.item_id] for x in s] for s in dataset.sequences.values()]
     found = {}
-    rows = tqdm(score_rows(ranker, list(dataset.sequences), histories), total=len(histories), desc="retrieve")
-    for user, history, row in zip(dataset.sequences, histories, rows):
+    rows = score_rows(ranker, list(dataset.sequences), histories)
+    for row, user, history in zip(tqdm(rows, "retrieve", len(histories)), dataset.sequences, histories):
         row[history] = -torch.inf
         left = min(count, len(index) - len(set(history)))
         found[user] = [dataset.item_ids[n] for n in row.topk(left).indices.tolist()]

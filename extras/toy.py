@@ -1,7 +1,9 @@
 """The toy: a synthetic beauty shop, a tiny model from nothing, and the template teachers of its cold start.
 
-The teachers show how to look evidence up, but answer badly on purpose, so that reinforcement learning has
-something to find: R2Rank's judges by one attribute alone, ReRec's often says what it named first.
+The teachers show how to look evidence up and to answer, and leave something for reinforcement learning to
+find. R2Rank's looks up attributes at random, truly, though only some have to do with taste: *what* to look up
+is not taught. ReRec's often answers with what it named first. R2Rank's tiny model has one layer: a second one
+could count matches in the history past the rationale, and nothing would show that the score listens to it.
 """
 
 import itertools

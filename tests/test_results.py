@@ -16,7 +16,7 @@ assert len(TABLES) >= 2
 @pytest.mark.parametrize("command, table", TABLES, ids=[command.split()[2] for command, _ in TABLES])
 def test_a_table_is_what_its_command_prints(command, table, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    files = sorted(str(path) for pattern in command.split()[2:] for path in Path(".").glob(pattern))
+    files = [str(path) for pattern in command.split()[2:] for path in sorted(Path(".").glob(pattern))]
     report.main(files)
     printed = [line.rstrip() for line in capsys.readouterr().out.strip().splitlines()]
     assert printed == [line.rstrip() for line in table.strip().splitlines()]

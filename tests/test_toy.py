@@ -35,7 +35,7 @@ def test_the_teacher_looks_up_at_random_and_truly(toy):
             looked_up_truly(texts[-1], e.history, c)
     counts = [sum(f"{name} " in text for text in texts) for name in ATTRIBUTES]
     assert sum(counts) == 1200 and min(counts) > 250 and 0.47 < relevant_lookups(texts) < 0.53
-    assert relevant_lookups(["kind soap 1, brand Fjord 0", "scent mint"]) == 2 / 3 > relevant_lookups([""]) == 0
+    assert relevant_lookups(["kind soap 1, brand Fjord 0", "scent mint"]) == 2 / 3
 
 def looked_up_truly(text, history, candidate):
     for name, value, n in re.findall(r"(\w+) (\w+) (\d+)", text):
