@@ -13,8 +13,8 @@ The stages, all in `stages`:
     4. evaluation   on held-out lists: after 1, after 2 (head only), after 3
 
 A run directory holds config.json (flags, versions), metrics.jsonl (a line a step), state.pt (until it has
-finished), checkpoint/ (a Hugging Face folder, with score_head.safetensors), rationales.json (of the first test
-lists, before and after RL), eval.json and result.json.
+finished), checkpoint/ (a Hugging Face folder, with score_head.safetensors), eval.json, result.json and
+rationales.json (of the first test lists, before and after RL).
 
 Deviations and choices:
   1. AdamW (0.9, 0.95) without weight decay, gradient norm clipped at 1, 5% linear warm-up; in the cold start
@@ -191,8 +191,9 @@ class Run:
 
     def evaluate(self, test, name, head):
         """The test's results on every item, shared out among the processes, and what the model said."""
-        items = self.parallel.my_share(test.items)
-        with torch.random.fork_rng():  # sampled rationales are those that eval.py will sample
+        items, device = self.parallel.my_share(test.items), self.model.device
+        # sampled rationales are those that eval.py will sample
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self.args.seed)
             found = test.measure(self.model, self.tokenizer, head, items, name)
         found = self.parallel.gather(found)
