@@ -75,8 +75,8 @@ class SASRec(nn.Module):
         self.max_len, self.padding = max_len, num_items
         self.body = GPT2Model(GPT2Config(
             vocab_size=num_items + 1, n_positions=max_len, n_embd=dim, n_layer=layers, n_head=heads,
-            n_inner=dim, use_cache=False, activation_function="relu", resid_pdrop=dropout,
-            embd_pdrop=dropout, attn_pdrop=dropout))
+            n_inner=dim, use_cache=False, bos_token_id=None, eos_token_id=None, activation_function="relu",
+            resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout))
         self.items = self.body.wte
 
     def forward(self, rows):
