@@ -20,7 +20,7 @@ from eval import METRICS, QUERY_METRICS, intervals, list_metrics
 from extras import explain
 from extras.flags import parse_eval_flags
 from rewards import ndcg_at_k
-from runs import METHODS, SMALL, main, refusal, run_train, small, small_run  # noqa: F401
+from runs import METHODS, main, refusal, run_train, small, small_run  # noqa: F401
 
 def interval(values, users=None):
     return intervals({"": values}, users)[""]

@@ -9,7 +9,7 @@ import torch
 import data
 import rewards
 from data import Item
-from rewards import discounted_gains, hit_at_k, ndcg_at_k, parse_answers, parse_boxed, reciprocal_rank
+from rewards import hit_at_k, ndcg_at_k, parse_answers, parse_boxed, reciprocal_rank
 
 def test_ndcg_by_hand():
     assert ndcg_at_k([1, 0, 0], 10) == 1.0
