@@ -48,8 +48,7 @@ MARK = "\u241e"          # stands for the user's text while a template is render
 def load(name, device="cpu", dtype=torch.float32, texts=(), seed=0, weights=None, layers=1):
     """(model in eval mode, tokenizer). Raises InputError.
 
-    texts: what the tokenizer of `tiny` is trained on; layers: how many it has. weights: a state_dict, for a
-    folder that has none.
+    texts, layers: what `tiny`'s tokenizer learns from, its depth. weights: for a folder that has none.
     """
     from extras.models import from_pretrained, prepare, resolve
     source = resolve(name)
@@ -406,3 +405,16 @@ def k3_kl(logprobs, ref_logprobs):
     """Schulman's k3 estimate of KL(policy || reference), a token each; not reduced."""
     difference = ref_logprobs - logprobs
     return difference.exp() - difference - 1
+
+def token_loss(logprobs, mask, advantages, tokens, old=None, ref=None, kl_coef=0.0):
+    """clipped_loss + kl_coef * k3_kl, sums over the mask divided by `tokens`; and the numbers of its log.
+    (N, T) each, or (N, 1) advantages. old None: the first update, whose old log-probabilities are these."""
+    old = logprobs.detach() if old is None else old
+    loss = clipped_loss(logprobs, old, advantages)[mask].sum() / tokens
+    outside = ((logprobs - old).exp() - 1).abs() > CLIP
+    sums = {"token_loss": loss.item(), "kl": 0.0, "clipped": outside[mask].sum().item() / tokens,
+            "entropy": -logprobs.detach()[mask].sum().item(), "updated": mask.sum().item()}
+    if kl_coef:
+        kl = k3_kl(logprobs, ref)[mask].sum() / tokens
+        sums["kl"], loss = kl.item(), loss + kl_coef * kl
+    return loss, sums

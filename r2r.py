@@ -22,8 +22,8 @@ Deviations and choices (the paper leaves them open unless said otherwise):
   6. A warm-up fits the head alone, on rationales of the model as it is, before credit acts.
   7. Scores are read from the states that sampling computes anyway, and a first update takes the old
      log-probabilities from its own pass. In bfloat16 these states differ from the update's by rounding.
-  8. The token loss has weight 1 (10 on the toy, --token-weight): the gradient of E[V] itself would weigh it
-     some ten times as much as the score loss, since the division by all tokens and by std Q takes that away.
+  8. The token loss has weight 1 (10 on the toy, --token-weight). The gradient of E[V] itself would weigh it
+     K * mean length * std Q times (18 on the toy), which the divisions by all tokens and by std Q take away.
 """
 
 import math
@@ -243,18 +243,10 @@ def backward(model, head, rollout, signal, tokens, args, old_logprobs=None, ref_
             hidden = hidden.detach()
         loss = (gradient[rows] * head(hidden)).sum()  # its gradient is that of the score loss
         if mask.any():
-            width = mask.shape[1]
-            old = logprobs.detach() if old_logprobs is None else old_logprobs[rows, :width]
-            token_loss = policy.clipped_loss(logprobs, old, advantage[rows, None])[mask].sum() / tokens
-            sums["token_loss"] += token_loss.item()
-            outside = ((logprobs - old).exp() - 1).abs() > policy.CLIP
-            sums["clipped"] += outside[mask].sum().item() / tokens
-            sums["entropy"] -= logprobs.detach()[mask].sum().item()
-            sums["updated"] += mask.sum().item()
-            if args.kl_coef:
-                kl = policy.k3_kl(logprobs, ref_logprobs[rows, :width])[mask].sum() / tokens
-                sums["kl"] += kl.item()
-                token_loss = token_loss + args.kl_coef * kl
+            old, ref = (x if x is None else x[rows, :mask.shape[1]] for x in (old_logprobs, ref_logprobs))
+            token_loss, found = policy.token_loss(
+                logprobs, mask, advantage[rows, None], tokens, old, ref, args.kl_coef)
+            sums = {name: sums[name] + found[name] for name in sums}
             loss = loss + args.token_weight * token_loss
         loss.backward()
     return sums

@@ -296,18 +296,10 @@ def backward(model, rollout, advantages, tokens, args, old_logprobs=None, ref_lo
     for rows, logprobs, mask, _ in policy.micro_batches(
             model, rollout, args.micro_batch, args.temperature, rows):
         width = mask.shape[1]
-        old = logprobs.detach() if old_logprobs is None else old_logprobs[rows, :width]
+        old, ref = (x if x is None else x[rows, :width] for x in (old_logprobs, ref_logprobs))
         advantage = advantages[rows, :width].to(logprobs.device)
-        loss = policy.clipped_loss(logprobs, old, advantage)[mask].sum() / tokens
-        sums["token_loss"] += loss.item()
-        outside = ((logprobs - old).exp() - 1).abs() > policy.CLIP
-        sums["clipped"] += outside[mask].sum().item() / tokens
-        sums["entropy"] -= logprobs.detach()[mask].sum().item()
-        sums["updated"] += mask.sum().item()
-        if args.kl_coef:
-            kl = policy.k3_kl(logprobs, ref_logprobs[rows, :width])[mask].sum() / tokens
-            sums["kl"] += kl.item()
-            loss = loss + args.kl_coef * kl
+        loss, found = policy.token_loss(logprobs, mask, advantage, tokens, old, ref, args.kl_coef)
+        sums |= {name: sums[name] + found[name] for name in found}
         loss.backward()
     return sums
 

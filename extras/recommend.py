@@ -14,14 +14,15 @@ from tqdm import tqdm
 
 import r2r
 import rerec
-from data import InputError, Query, attribute_pairs, read_lines
+from data import InputError, Query, attribute_pairs
 from extras.explain import show, show_text
 
 def retrieve(dataset, name, count, folder=None, seed=0):
     """{user: ids of the `count` items that a baseline ranks highest, without those that the user has}."""
     path = Path(folder or ".") / f"retrieved-{name}-{count}.pt"
-    if folder and path.exists():
-        return torch.load(path, weights_only=True)
+    kept = torch.load(path, weights_only=True) if folder and path.exists() else {}
+    if kept.keys() == dataset.sequences.keys():
+        return kept
     from extras.baselines import fit_baselines, score_rows
     if count > len(dataset.items):
         raise InputError(f"--retrieve {count}: {dataset.name} has only {len(dataset.items)} items")
@@ -35,8 +36,24 @@ def retrieve(dataset, name, count, folder=None, seed=0):
         left = min(count, len(index) - len(set(history)))
         found[user] = [dataset.item_ids[n] for n in row.topk(left).indices.tolist()]
     if folder:
-        torch.save(found, path)
+        torch.save(found, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
     return found
+
+def users_done(path):
+    """The users of a file of recommendations; a last line that was broken off is taken away."""
+    if not path.exists():
+        return set()
+    *lines, rest = path.read_text(encoding="utf-8").split("\n")  # a rationale may hold other ends of lines
+    try:
+        users = {json.loads(line)["user"] for line in lines}
+        if not '{"user": '.startswith(rest[:9]):
+            raise ValueError
+    except (ValueError, TypeError, KeyError):
+        raise InputError(f"--json {path}: it holds something else than recommendations") from None
+    if rest:
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return users
 
 def recommend_users(dataset, args, model, tokenizer, head):
     """Print, or write to --json, the best --top items of each user; `all`: those of the test split."""
@@ -46,7 +63,7 @@ def recommend_users(dataset, args, model, tokenizer, head):
         raise InputError(f"--recommend {unknown[0]}: no such user in {dataset.name}, or one without history")
     retrieved = retrieve(dataset, args.retriever, args.retrieve, args.run, args.seed)
     path = Path(args.json) if args.json else None
-    done = {json.loads(line)["user"] for _, line in read_lines(path)} if path and path.exists() else set()
+    done = users_done(path) if path else set()
     for user in tqdm([user for user in users if user not in done], desc="recommend", disable=path is None):
         settings = {"num_samples": args.eval_samples, "max_new_tokens": args.max_new_tokens,
                     "temperature": args.temperature, "micro_batch": args.micro_batch}

@@ -3,7 +3,7 @@
 The teachers show how to look evidence up and to answer, and leave something for reinforcement learning to
 find. R2Rank's looks up attributes at random, truly, though only some have to do with taste: *what* to look up
 is not taught. ReRec's often answers with what it named first. R2Rank's tiny model has one layer: a second one
-could count matches in the history past the rationale, and nothing would show that the score listens to it.
+can count matches in the history past the rationale, and then RL has nothing to teach (results/README.md).
 """
 
 import itertools

@@ -172,8 +172,7 @@ def main():
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     vars(args).update(no_reasoning=False, max_new_tokens=args.new_tokens, temperature=1.0, kl_coef=0.0,
-                      ppo_epochs=1, pl="exact", credit="item", score_gradient="all",
-                      token_weight=1.0)
+                      ppo_epochs=1, pl="exact", credit="item", score_gradient="all", token_weight=1.0)
     report = measure(args)
     print(f"matmul peak {statistics.median(report['peak_flops']) / 1e9:.0f} GFLOP/s, prefix "
           f"{report['prefix']} tokens, suffix {report['suffix']}")

@@ -65,9 +65,7 @@ def close(found, wanted):
 
 def plain_row(model, rollout, n, temperature=1.0):
     """Row n alone, without cache and padding, by the model's own logits.
-
-    Returns its response's log-probabilities (T,), its last state (D,), each token's entropy (T,).
-    """
+    Returns its response's log-probabilities (T,), its last state (D,), each token's entropy (T,)."""
     response, start = rollout.responses[n], rollout.prefixes[rollout.owner[n]] + rollout.suffixes[n]
     out = model(torch.tensor([start + response]), output_hidden_states=True)
     logprobs = (out.logits[0, len(start) - 1:-1] / temperature).log_softmax(-1)

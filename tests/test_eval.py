@@ -209,12 +209,15 @@ def test_recommendations_leave_out_what_the_user_has(tmp_path, tmp_path_factory,
         found = r2r.recommend(*model, toy, row["user"], retrieved, 3, max_new_tokens=12)
         assert [r.item.id for r in found] == [x["item"] for x in row["items"]] and len(found) == 3
         assert [r.score for r in found] == pytest.approx([x["score"] for x in row["items"]], abs=1e-4)
-    path.write_text(text.splitlines()[0] + "\n")
+    path.write_text(text.splitlines()[0] + "\n" + text.splitlines()[1][:40])  # broken off
     evaluate(*flags, "--recommend", "u420", "u421", "--json", path)
     assert path.read_text() == text and "=== user u421" in evaluate(*flags, "--recommend", "u421")
     assert "u999" in refusal(capsys, *flags, "--recommend", "u999", command=command)
     assert "400 items" in refusal(capsys, *flags, "--recommend", "u421", "--retrieve", 500, command=command)
     assert "--method rerec" in refusal(capsys, *flags, "--ask", "soap", command=command)
+    path.write_text("something else")
+    assert "something else" in refusal(capsys, *flags, "--recommend", "u421", "--json", path, command=command)
+    assert [x.id for x in toy.history("u420", 11, 99)] == [x.item_id for x in toy.sequences["u420"]]
     candidates = evaluate("--run", folders["rerec"], "--ask", "a mint soap").splitlines()[0].split("; ")
     assert all("mint" in title or "soap" in title for title in candidates) and len(candidates) == 6
 

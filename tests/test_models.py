@@ -47,9 +47,7 @@ def build(name, settings, vocab_size):
 
 def differences(model, tokenizer, lengths=((9, 3, 6), (23, 2, 5, 1)), new=7):
     """Largest relative difference of sampled states, log-probabilities and gradients from the plain ones.
-
-    lengths: of each list's prefix and suffixes, all in one call; the model samples and scores as in training.
-    """
+    lengths: of each list's prefix and suffixes, all in one call; the model scores as in training."""
     draws = [[torch.randint(3, len(tokenizer), (n,)).tolist() for n in sizes] for sizes in lengths]
     prompts = [policy.Prompt(draw[0], draw[1:]) for draw in draws]
     rollout = policy.sample_rows(model, tokenizer, prompts, 2, policy.Sampling(new))

@@ -125,8 +125,7 @@ def test_flags_of_another_run_are_refused(state, capsys):
 @pytest.mark.parametrize("method, change", [
     ("rerec", "training"), ("r2rank", "history"), ("r2rank", "title"), ("rerec", "words")])
 def test_other_data_are_refused(state, capsys, monkeypatch, method, change):
-    """The same users, but other purchases in training or before a test; a title, or a request, reads
-    otherwise."""
+    """The same users, but other purchases in training or before a test; another title or request."""
     shop, out, draw = data.load("toy"), state(method), queries.QueryBuilder.draw
     items, sequences = dict(shop.items), dict(shop.sequences)
     if change == "title":

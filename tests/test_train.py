@@ -16,9 +16,9 @@ import rerec
 import train
 from data import InputError
 from extras import tasks
-from extras.flags import DEFAULTS, parse_train_flags
+from extras.flags import DEFAULTS, parse_eval_flags, parse_train_flags
 from runs import BASE, METHODS, ROOT, SMALL, metrics, refusal, run_train, run_with_states, same, small_run
-from runs import small  # noqa: F401
+from runs import main, small  # noqa: F401
 from steps import plain_row
 
 def test_a_run_leaves_its_files(small, toy):
@@ -63,6 +63,9 @@ def test_sampled_rankings_and_several_updates(tmp_path):
               "--ppo-epochs", "2", "--eval-samples", "2", "--score-gradient", "head")
     rows = [r for r in metrics(tmp_path) if r["stage"] == "rl"]
     assert len(rows) == 3 and all(r["kl"] > 0 for r in rows)  # the second update has left the reference
+    main("--run", tmp_path, "--out", tmp_path / "again", parse=parse_eval_flags, run=train.evaluation.main)
+    first, again = (json.loads((tmp_path / name).read_text()) for name in ("eval.json", "again"))
+    assert first["values"]["rl"] == again["values"]["rl"]  # also where rationales are sampled
 
 def test_without_reasoning_nothing_is_generated(tmp_path):
     run_train(*SMALL, "--out", tmp_path, "--no-reasoning", "--temperature", "0.8")
