@@ -1,28 +1,20 @@
-"""Small runs of train.py, for the tests: in this process, or forked, several at once and killed at will.
-
-Run as a script, this file imports torch once and then forks, so that a process costs no seconds. Each line of
-its input is a job: a function of a test module, its arguments, in how many processes, and which are killed.
-"""
+"""Small runs of train.py, for the tests: in this process, or forked, several at once and killed at will."""
 
 import contextlib
 import functools
 import importlib
 import io
 import json
+import multiprocessing.forkserver
 import os
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 import time
-import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-import policy
 import train
 from extras import toy
 from extras.flags import parse_train_flags, run_main
@@ -94,73 +86,53 @@ def refusal(capsys, *flags, command=main):
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "error" in line)
     return line
 
-def start(job, rank):
-    """Fork one process of a job: module.function(*arguments), as train.py would run it. Returns its id."""
-    if pid := os.fork():
-        return pid
-    if job.world > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job.world),
-                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job.port))
+def child(function, arguments, log, rank, **variables):
+    """In a process of its own: module.function(*arguments), as train.py would run it."""
+    os.environ.update(variables, RANK=str(rank), LOCAL_RANK=str(rank))
     for stream, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{job.log}/{rank}.{name}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
-    code = 3
-    try:
-        module, name = job.function.split(".")
-        run_main(lambda: getattr(importlib.import_module(module), name)(*job.arguments))
-        code = 0
-    except SystemExit as ended:
-        code = ended.code
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+        os.dup2(os.open(f"{log}/{rank}.{name}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
+    module, name = function.split(".")
+    run_main(lambda: getattr(importlib.import_module(module), name)(*arguments))
 
-def watch(job, pids):
-    """Their exit codes. Those in job.ranks are killed after job.seconds, or once job.pattern is there."""
-    codes, begun = {}, time.time()
-    while len(codes) < len(pids):
-        for pid in set(pids) - set(codes):
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                codes[pid] = os.waitstatus_to_exitcode(status)
-        over, chosen = time.time() - begun, []
-        if over > job.seconds or job.pattern and os.path.exists(job.pattern):
-            chosen = [pids[rank] for rank in job.ranks]
-        if over > 300:  # a safety net
-            chosen = pids
-        for pid in set(chosen) - set(codes):
-            os.kill(pid, signal.SIGKILL)
-        time.sleep(0.002)
-    return [codes[pid] for pid in pids]
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def fork(tmp_path_factory):
-    """fork(function, *arguments, ...): exit codes of `world` processes, and what they wrote."""
-    log = tmp_path_factory.mktemp("log")
-    settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               text=True, env=os.environ | settings)
-    assert process.stdout.readline() == "ready\n"
+    """fork(function, *arguments, ...): exit codes of `world` processes, and what they wrote.
+
+    Those of `ranks` are killed after `seconds`, or once the file `pattern` is there. They are forked from a
+    server that has imported prepared.py, so a process costs no seconds.
+    """
+    log, context = tmp_path_factory.mktemp("log"), multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["prepared"])
+    settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1",
+                "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        multiprocessing.forkserver.ensure_running()
+    first = context.Process(target=os.getpid)
+    first.start()
+    first.join()  # now the server is ready
 
     def run(function, *arguments, world=1, ranks=(), seconds=300, pattern=""):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        job = {"function": function, "arguments": list(map(str, arguments)), "world": world, "port": port,
-               "ranks": list(ranks), "seconds": seconds, "pattern": str(pattern), "log": str(log)}
-        process.stdin.write(json.dumps(job) + "\n")
-        process.stdin.flush()
-        codes = json.loads(process.stdout.readline())
-        return codes, [[(log / f"{n}.{name}").read_text() for name in ("out", "err")] for n in range(world)]
+            meeting = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": str(s.getsockname()[1])}
+        processes = [context.Process(target=child, args=(function, arguments, log, rank), kwargs=meeting)
+                     for rank in range(world)]
+        begun = time.time()
+        for process in processes:
+            process.start()
+        while any(process.is_alive() for process in processes):
+            over = time.time() - begun
+            if over > seconds or pattern and os.path.exists(pattern):
+                for rank in ranks:
+                    processes[rank].kill()
+            if over > 300:  # a safety net
+                for process in processes:
+                    process.kill()
+            time.sleep(0.002)
+        wrote = [[(log / f"{n}.{name}").read_text() for name in ("out", "err")] for n in range(world)]
+        return [process.exitcode for process in processes], wrote
 
-    yield run
-    process.communicate(timeout=300)
-
-if __name__ == "__main__":
-    importlib.import_module("runs").SHOP(0)  # the processes find it made, and transformers imported
-    policy.load("tiny", texts=["a b"])
-    print("ready", flush=True)
-    for line in sys.stdin:
-        given = SimpleNamespace(**json.loads(line))
-        print(json.dumps(watch(given, [start(given, rank) for rank in range(given.world)])), flush=True)
+    return run
