@@ -1,6 +1,5 @@
 """Several processes: the numbers of one, whatever falls to each; none waits for ever. And the optimizer."""
 
-import copy
 import json
 import math
 import os
@@ -131,24 +130,17 @@ def test_a_process_that_dies_ends_the_other(fork, tmp_path, gone):
     codes, printed = fork("runs.main", *flags, world=2, ranks=[gone], pattern=tmp_path / "r/state.pt")
     assert codes[gone] == -9 and codes[1 - gone] > 0, printed  # below 0: it waited until it was killed
 
-def test_bfloat16_weights_learn_by_steps_below_their_resolution():
-    """1000 steps of 1e-5 move a weight of 1.0 by 1e-2; each alone would be rounded away."""
-    weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
-    optimizer = Optimizer([([weight], 1e-5)])
-    for _ in range(1000):
-        weight.sum().backward()
-        optimizer.step()
-    torch.testing.assert_close(weight.float(), torch.full((4,), 0.99), atol=3e-3, rtol=0)
-
 def test_each_group_steps_by_its_rate_and_its_share():
-    """Under a constant gradient AdamW moves a weight by the rate; weights are not decayed."""
-    a, b = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
-    optimizer = Optimizer([([a], 1e-2), ([b], 1e-3)])
+    """Under a constant gradient AdamW moves a weight by the rate; weights are not decayed. In bfloat16, too,
+    where each step of 1e-5 alone would be rounded away."""
+    a, b = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    optimizer = Optimizer([([a], 1e-4), ([b], 1e-5)])
     for optimizer.schedule, moved in ((0.5, 0.5), (1.0, 1.5)):
-        (a.sum() + b.sum()).backward()
-        optimizer.step()
-        torch.testing.assert_close(1 - a.detach(), torch.full((2,), moved * 1e-2), rtol=1e-3, atol=0)
-        torch.testing.assert_close(1 - b.detach(), torch.full((2,), moved * 1e-3), rtol=1e-3, atol=0)
+        for _ in range(1000):
+            (a.sum() + b.sum()).backward()
+            optimizer.step()
+        torch.testing.assert_close(1 - a.detach(), torch.full((2,), moved * 1e-1), rtol=1e-3, atol=0)
+        torch.testing.assert_close(1 - b.detach().float(), torch.full((2,), moved * 1e-2), rtol=0, atol=3e-3)
 
 def test_the_norm_of_all_gradients_is_clipped_and_one_not_finite_changes_nothing():
     a, b = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
@@ -160,22 +152,3 @@ def test_the_norm_of_all_gradients_is_clipped_and_one_not_finite_changes_nothing
     assert optimizer.step() == pytest.approx((2 * 9 + 2 * 16) ** 0.5)
     moments = torch.cat([s["exp_avg"] for s in optimizer.adamw.state.values()])
     assert moments.norm().item() == pytest.approx(0.1, rel=1e-4)  # (1 - beta) times a gradient of norm 1
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_optimizer_goes_on_where_it_was(dtype):
-    def fresh():
-        layer = torch.nn.Linear(8, 8).to(dtype)
-        return layer, Optimizer([(layer.parameters(), 1e-2)])
-
-    def steps(layer, optimizer):
-        for n in range(3):
-            (layer(torch.full((2, 8), float(n), dtype=dtype)).float()**2).sum().backward()
-            optimizer.step()
-
-    (layer, optimizer), (other, resumed) = fresh(), fresh()
-    steps(layer, optimizer)
-    other.load_state_dict(layer.state_dict())
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    steps(layer, optimizer)
-    steps(other, resumed)
-    assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), other.parameters()))

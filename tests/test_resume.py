@@ -22,7 +22,7 @@ from runs import METHODS, ROOT, SMALL, refusal, run_train, run_with_states, same
 from runs import fork  # noqa: F401
 
 MORE = {"r2rank": ["--pl", "sample", "--kl-coef", "0.1", "--eval-samples", "2"],
-        "rerec": ["--kl-coef", "0.1", "--group-size", "3"]}
+        "rerec": ["--kl-coef", "0.1", "--group-size", "3", "--dtype", "bfloat16"]}
 KILLS = int(os.environ.get("R2RANK_KILLS", 2))  # of each kind; 20 are tried by hand
 
 def moment(rng, kind, out, seconds):
