@@ -1,7 +1,6 @@
 """Baselines: against dense algebra and brute force; causality, padding, and what they may learn from."""
 
 import json
-import random
 import sys
 from dataclasses import replace
 from functools import partial
@@ -9,22 +8,12 @@ from functools import partial
 import pytest
 import torch
 
-import data
-from data import InputError, Interaction, make_item
+from data import InputError
 from eval import expected_metrics
 from extras import baselines
 from extras.baselines import SASRec, fit_baselines, fit_sasrec
 from rewards import fit_lightgcn
-
-def make_shop(split=data.split_leave_one_out):
-    rng = random.Random(0)
-    items = {f"i{n}": make_item(f"i{n}", "red " * (n % 3) + f"thing {n % 7} x{n}", {}) for n in range(40)}
-    sequences = {}
-    for u in range(60):
-        ids = rng.sample(list(items), rng.randint(3, 9))
-        start = 5 * (u % 9)  # users begin at different times, as a split by time needs it
-        sequences[f"u{u}"] = [Interaction(i, float(start + t)) for t, i in enumerate(ids)]
-    return data.Dataset("shop", items, sequences, *split(sequences))
+from test_data import load, shop  # noqa: F401
 
 @pytest.mark.parametrize("idf", [True, False])
 def test_cosine_rankers_are_those_of_dense_algebra(idf):
@@ -40,9 +29,9 @@ def test_cosine_rankers_are_those_of_dense_algebra(idf):
     scores = baselines.cosine_ranker(baselines.feature_vectors(rows, idf), 0.5)("abc", [[3, 5, 3], [], [39]])
     torch.testing.assert_close(scores, torch.stack(expected), atol=1e-5, rtol=0)
 
-def test_full_ranking_counts_everything_but_the_past():
-    shop = make_shop()
-    fixed = torch.randn(40, generator=torch.Generator().manual_seed(0)).round(decimals=1)  # with ties
+def test_full_ranking_counts_everything_but_the_past(shop):
+    shop = load(shop)
+    fixed = torch.randn(60, generator=torch.Generator().manual_seed(0)).round(decimals=1)  # with ties
     targets = shop.splits["test"]
     rows = baselines.full_ranking(shop, lambda users, _: fixed.expand(len(users), -1), targets)
     for (user, p), row in zip(targets, rows, strict=True):
@@ -52,23 +41,23 @@ def test_full_ranking_counts_everything_but_the_past():
         above, tied = (sum(x > truth for x in scores.values()), sum(x == truth for x in scores.values()))
         assert row == pytest.approx(expected_metrics([(above, []), (tied, [1.0])]))
 
-def test_scores_of_lists_are_those_of_the_catalogue(monkeypatch):
+def test_scores_of_lists_are_those_of_the_catalogue(shop, monkeypatch):
     def ranker(users, histories):
-        rows = [torch.arange(40.0) + int(u[1:]) + sum(h) / 100 for u, h in zip(users, histories)]
+        rows = [torch.arange(60.0) + int(u[1:]) + sum(h) / 100 for u, h in zip(users, histories)]
         return torch.stack(rows)
 
     monkeypatch.setattr(baselines, "fit_baselines", lambda *arguments: {"fake": ranker})
     monkeypatch.setattr(baselines.score_rows, "__defaults__", (3,))  # batches of three
-    shop = make_shop()
+    shop = load(shop)
     examples = shop.examples("test", 10, num_candidates=5, history_length=2)
     for e, row in zip(examples, baselines.list_scores(shop, examples)["fake"], strict=True):
         known = int(e.user[1:]) + sum(int(h.id[1:]) for h in e.history) / 100
         assert row.tolist() == pytest.approx([int(c.id[1:]) + known for c in e.candidates])
 
-@pytest.mark.parametrize("split", [data.split_leave_one_out, data.split_temporal])
-def test_baselines_never_see_the_test_interactions(split):
+@pytest.mark.parametrize("split", ["leave-one-out", "temporal"])
+def test_baselines_never_see_the_test_interactions(shop, split):
     """Fitted on a shop and on its twin that differs in its test interactions, they score alike to the bit."""
-    shop = make_shop(split)
+    shop = load(shop, split=split)
     sequences = {u: list(s) for u, s in shop.sequences.items()}
     for u, p in shop.splits["test"]:
         others = [i for i in shop.items if i not in {x.item_id for x in shop.sequences[u]}]
@@ -78,10 +67,10 @@ def test_baselines_never_see_the_test_interactions(split):
     users, histories = ["u0", "u1", "stranger", "u2"], [[1, 2, 3], [4], [5, 6], []]
     for name in one:
         scores = one[name](users, histories)
-        assert scores.shape == (4, 40) and torch.equal(scores, two[name](users, histories)), name
+        assert scores.shape == (4, 60) and torch.equal(scores, two[name](users, histories)), name
 
-def test_what_cannot_be_fitted_is_an_input_error():
-    shop = make_shop()
+def test_what_cannot_be_fitted_is_an_input_error(shop):
+    shop = load(shop)
     for length, name, message in ((2, "none", "none.*popularity"), (0, "sasrec", "shop: no interactions"),
                                   (1, "sasrec", "SASRec needs at least one")):
         with pytest.raises(InputError, match=message):

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import random
 
 import pytest
 
 import data
 from data import InputError, Item
 from extras.queries import QueryBuilder, query_source
+from test_data import load, shop  # noqa: F401
 
 @pytest.fixture(scope="module")
 def builder(toy):
@@ -49,17 +49,11 @@ def test_requests_name_their_conditions(builder):
             assert set(q.conditions) == {(n, v[0]) for n, v in a.attributes.items() if b.attributes[n] == v}
         assert not {x.id for x in named} & set(q.truths)
 
-def test_nothing_held_out_stands_in_a_training_request():
+def test_nothing_held_out_stands_in_a_training_request(shop):
     """A user's held-out items are neither candidates nor named nor history in their training requests."""
-    rng, sequences, train = random.Random(0), {}, []
-    items = [Item(f"{i}", f"item number {i:03d}", {"colour": (f"c{i % 5}",), "shape": (f"s{i % 7}",)})
-             for i in range(140)]
-    for u in range(20):  # of 9 interactions each, the last two are held out
-        sequences[f"u{u}"] = [data.Interaction(f"{i}") for i in rng.sample(range(140), 9)]
-        train += [(f"u{u}", position) for position in range(1, 7)]
-    dataset = data.Dataset("x", {x.id: x for x in items}, sequences, {"train": train}, {})
+    dataset = load(shop)
     for q in QueryBuilder(dataset).draw("train", 150):
-        held_out = {x.item_id for x in sequences[q.user][-2:]}
+        held_out = {x.item_id for x in dataset.sequences[q.user][-2:]}
         assert not held_out & {x.id for x in [*q.candidates, *q.history]}
         assert not any(dataset.items[i].title in q.text for i in held_out)
 
@@ -94,12 +88,6 @@ def test_two_items_stand_for_the_one_value_they_share():
         named = {i for i in attributes if f"Named {i}" in q.text}
         assert named in ({"a", "b"}, {"b", "c"})  # a and c share p as well
 
-def test_requests_follow_from_the_seed(toy, builder):
-    again = QueryBuilder(toy).draw("train", 40)
-    assert again == builder.draw("train", 40) and len({q.id for q in again}) == 40
-    assert QueryBuilder(toy, seed=1).draw("train", 40) != again
-    assert not {q.id for q in builder.draw("train", 40, start=7)} & {q.id for q in again}
-
 @pytest.mark.parametrize("kinds", [None, ["implicit"], ["demographics"], ["nosuch"]])
 def test_what_cannot_be_served_is_refused_with_the_reason(toy, kinds):
     dataset = catalogue([Item("a", "A")]) if kinds in (None, ["implicit"]) else toy
@@ -109,8 +97,12 @@ def test_what_cannot_be_served_is_refused_with_the_reason(toy, kinds):
     with pytest.raises(InputError, match="leave that kind out, or lower --num-candidates"):
         QueryBuilder(catalogue(items, ["5", "0"]), ["explicit"], num_candidates=20).draw("train", 1)
 
-def test_old_seeds_give_the_old_requests(builder):
-    """Runs can only be compared on the same requests."""
+def test_requests_follow_from_the_seed(toy, builder):
+    """They are the old ones: runs can only be compared on the same requests."""
     requests = [[q.id, q.text, [c.id for c in q.candidates], q.truths] for q in builder.draw("test", 60)]
     digest = hashlib.sha256(json.dumps(requests).encode()).hexdigest()
     assert digest[:16] == "99ec09e1204b738e"
+    again = QueryBuilder(toy).draw("train", 40)
+    assert again == builder.draw("train", 40) and len({q.id for q in again}) == 40
+    assert QueryBuilder(toy, seed=1).draw("train", 40) != again
+    assert not {q.id for q in builder.draw("train", 40, start=7)} & {q.id for q in again}

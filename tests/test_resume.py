@@ -140,14 +140,6 @@ def test_other_data_are_refused(state, capsys, monkeypatch, method, change):
     monkeypatch.setattr(data, "load", lambda *_: other)
     assert "not those that the run began with" in refusal(capsys, "--resume", out)
 
-def test_other_lists_to_evaluate_on_are_refused(tmp_path, toy, capsys):
-    path, lists = tmp_path / "lists.jsonl", toy.examples("test", 4, 6)
-    data.save_lists(path, lists)
-    flags = ["--candidates", path, "--sft-steps", "0", "--warmup-steps", "0", "--steps", "1"]
-    _, states = run_with_states(tmp_path / "r", *SMALL, *flags)
-    data.save_lists(path, [replace(e, relevance=e.relevance[::-1]) for e in lists])
-    assert "not those that the run began with" in refusal(capsys, "--resume", states["rl", 0])
-
 def test_a_damaged_state_is_named(state, capsys, tmp_path_factory):
     out = state()
     whole = (out / "state.pt").read_bytes()
