@@ -1,6 +1,5 @@
-"""ReRec: prompts, rewards, advantages, curriculum and step, by hand, by brute force, by invariances."""
+"""ReRec: prompts, rewards, advantages and curriculum, by hand and by brute force."""
 
-import copy
 import json
 import math
 import random
@@ -11,40 +10,26 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import policy
 import rerec
-import rewards
 from data import Item, Query
-from extras.queries import QueryBuilder
-from steps import Recorder, close, pad_logprobs, plain_row, replay, settings, token_terms
 
 def request(*titles, **changes):
     """The first of the titles is right."""
     movies = [Item(f"m{n}", title) for n, title in enumerate(titles)]
     return Query("q", "Something good, please.", "explicit", 1, movies, ("m0",), **changes)
 
-@pytest.fixture(scope="module")
-def builder(toy):
-    return QueryBuilder(toy, max_conditions=3)
-
-def test_a_prompt_shows_request_and_candidates_and_history_where_asked(model, tokenizer, builder):
-    """Its responses share all of it but the template's end. Titles come as the answer's reader takes them."""
-    past = [Item("h", "Heat {x}", ago="3 days ago", rating=4.0)]
-    query = request("Up", r"A \boxed{Up}", history=past)
-    for personalized, times in ((True, 1), (False, 0)):
-        prompt = rerec.build_prompt(tokenizer, query, personalized)
-        (suffix,), text = prompt.suffix_ids, tokenizer.decode(prompt.prefix_ids)
-        assert tokenizer.decode(suffix) == "<|im_end|>\n<|im_start|>assistant\n"
-        assert text.endswith("Request: Something good, please.\nCandidates:\n- Up\n- A boxed(Up)\n")
-        assert text.count("- 3 days ago: Heat (x) (rated 4)") == times
-
-def test_nothing_in_a_prompt_spells_an_answer(tokenizer):
-    """Quoting it would be one: only the instruction holds a box."""
-    box = r"\\boxed{Good}"
-    item = Item("m0", box, {"brand": (box,)})
-    query = replace(request(box, "Good", history=[item]), text=f"Is {box} right?")
-    prompt = rerec.build_prompt(tokenizer, query, personalized=True)
-    assert tokenizer.decode(prompt.prefix_ids + prompt.suffix_ids[0]).count("\\boxed") == 1
+@pytest.mark.parametrize("personalized", [True, False])
+def test_a_prompt_shows_request_candidates_and_where_asked_history(tokenizer, personalized):
+    """Its responses share all of it but the template's end. Nothing in it but the instruction spells a box,
+    since quoting that would be an answer; titles come as the answer's reader takes them."""
+    box = r"\\boxed{Up}"
+    past = [Item("h", "Heat {x}", ago="3 days ago", rating=4.0), Item("g", box, {"brand": (box,)})]
+    query = replace(request("Up", f"A {box}", history=past), text=f"Is {box} right?")
+    prompt = rerec.build_prompt(tokenizer, query, personalized)
+    (suffix,), text = prompt.suffix_ids, tokenizer.decode(prompt.prefix_ids)
+    assert tokenizer.decode(suffix) == "<|im_end|>\n<|im_start|>assistant\n"
+    assert text.endswith("Request: Is boxed{Up} right?\nCandidates:\n- Up\n- A boxed(Up)\n")
+    assert text.count("- 3 days ago: Heat (x) (rated 4)") == personalized and text.count("\\boxed") == 1
 
 GRAPH = {"m0": frozenset("abcd"), "m1": frozenset("ab"), "m2": frozenset("xy")}
 
@@ -192,114 +177,3 @@ def test_curriculum_goes_on_where_it_was_saved(enabled):
     assert all(batches(save_at) == batches() for save_at in range(12))
     first, second = sum(batches()[:3], []), sum(batches()[3:6], [])
     assert enabled or sorted(first) == sorted(second) == list("abcdefghijk") and first != second
-
-# --- the step ---
-
-@pytest.fixture(scope="module")
-def queries(builder):
-    return builder.draw("train", 3)
-
-@pytest.fixture(scope="module")
-def rollout(model_and_tokenizer, queries):
-    """Four responses a request, of unequal lengths; to the first two: right, wrong, and two at random."""
-    model, tokenizer = model_and_tokenizer
-    torch.manual_seed(0)
-    found = rerec.respond(model, tokenizer, queries, settings("rerec"), 4)
-    for n, q in enumerate(queries[:2]):
-        right = next(c for c in q.candidates if c.id in q.truths)
-        wrong = next(c for c in q.candidates if c.id not in q.truths)
-        answers = [f"Sure.\n\\boxed{{{right.title}}}<|im_end|>",
-                   f"{wrong.title} fits.\n\\boxed{{{wrong.title}}}"]
-        found.responses[4 * n:4 * n + 2] = tokenizer(answers).input_ids
-    return found
-
-def take_step(model, tokenizer, builder, queries, args, reference=None, **recorder):
-    """(gradients of each update, metrics, the queue) of rerec.train_step on a copy of the model."""
-    model, queue = copy.deepcopy(model), rerec.CurriculumQueue([q.id for q in queries], 3)
-    task = rerec.Task(queue, rewards.attribute_graph(builder.graph_items()))
-    kept = Recorder(model, **recorder)
-    metrics = rerec.train_step(model.train(), tokenizer, task, queries, kept, args, reference)
-    return kept.gradients, metrics, queue
-
-def test_judging_a_rollout(tokenizer, rollout, queries):
-    """A query's tokens have mean 0 and deviation 1; a paragraph that names the wrong item has less."""
-    _, advantages = rerec.judge(tokenizer, rollout, queries, rerec.Task(None), settings("rerec"))
-    assert not advantages[8:].any()  # these are all alike
-    for n in (0, 4):
-        rows = [a[:len(r)] for a, r in zip(advantages[n:n + 4], rollout.responses[n:])]
-        assert torch.cat(rows).mean().item() == pytest.approx(0, abs=1e-5)
-        assert torch.cat(rows).std(correction=0).item() == pytest.approx(1, abs=1e-4)
-        right, wrong, unboxed, _ = rows
-        assert right[0] > wrong[-1] > wrong[0] > unboxed[0]
-
-@pytest.mark.parametrize("changes", [
-    {}, {"kl_coef": 0.3, "temperature": 0.7}, {"kl_coef": 0.3, "ppo_epochs": 2},
-    {"raae_penalty": 0.0, "min_std": 2.0, "reward_weights": {"query_alignment": 1.0}}],
-    ids=lambda changes: "-".join(changes) or "default")
-def test_a_step_follows_the_written_objective(
-        model, tokenizer, builder, queries, rollout, changes, monkeypatch):
-    """Also of a second update, when weights have moved so far that the clip acts."""
-    replay(monkeypatch, rollout)
-    args, rows = settings("rerec", group_size=4, **changes), range(len(rollout.owner))
-    moved = copy.deepcopy(model)
-    for p in moved.parameters():
-        p.data += 0.01 * torch.randn_like(p)
-    found, metrics, queue = take_step(model, tokenizer, builder, queries, args, moved, rate=0.3)
-    task = rerec.Task(None, rewards.attribute_graph(builder.graph_items()))
-    judged, advantages = rerec.judge(tokenizer, rollout, queries, task, args)
-    assert [j.correct for j in judged] == [True, False, False, False] * 2 + [False] * 4
-    model, old = copy.deepcopy(model), None
-    kept = Recorder(model, rate=0.3)
-    with torch.no_grad():
-        refs = [plain_row(moved, rollout, n, args.temperature)[0] for n in rows]
-    for _ in range(args.ppo_epochs):
-        now = [plain_row(model, rollout, n, args.temperature)[0] for n in rows]
-        old = old or [row.detach() for row in now]
-        by_row = [a[:len(row)] for a, row in zip(advantages, now)]
-        loss, wanted = token_terms(now, old, refs, by_row, args.kl_coef)
-        loss.backward()
-        kept.step()
-    assert len(found) == args.ppo_epochs and all(map(close, found, kept.gradients))
-    del wanted["entropy"]  # below, of the rows that are not skipped
-    wanted |= {"reward": sum(j.reward for j in judged) / 12, "accuracy": 2 / 12, "format_rate": 4 / 12}
-    assert {name: metrics[name] for name in wanted} == pytest.approx(wanted, abs=1e-4)
-    updated = torch.cat(now if args.kl_coef else now[:8])
-    assert metrics["entropy"] == pytest.approx(-updated.mean().item(), abs=1e-4)
-    assert [queue.difficulty[q.id] for q in queries] == [0.75, 0.75, 1.0] and metrics["dead_groups"] == 1
-    assert 0 < metrics["clipped"] < 1 if args.ppo_epochs == 2 else metrics["clipped"] == 0
-
-def test_what_must_not_change_a_step(model, tokenizer, builder, queries, rollout, monkeypatch):
-    """Micro-batches, the shared prefix, the order of queries, what is computed beyond a response's end."""
-    replay(monkeypatch, rollout)
-    args = settings("rerec", group_size=4, kl_coef=0.3, ppo_epochs=2)
-    wanted, metrics, _ = take_step(model, tokenizer, builder, queries, args, model, rate=0.3)
-    pad_logprobs(monkeypatch)
-    for micro_batch, share, order in ((1, True, 1), (4, False, -1), (100, True, -1)):
-        monkeypatch.setattr(policy, "SHARE_PREFIX", share)
-        args.micro_batch = micro_batch
-        found, again, _ = take_step(model, tokenizer, builder, queries[::order], args, model, rate=0.3)
-        assert all(map(close, found, wanted))
-        for name in ("token_loss", "kl", "clipped", "entropy", "reward", "difficulty"):
-            assert again[name] == pytest.approx(metrics[name], abs=1e-4), name
-
-def test_shares_of_a_step_add_up_to_the_whole(model, tokenizer, builder, queries, rollout, monkeypatch):
-    """As several processes share it, one of them without any query."""
-    replay(monkeypatch, rollout)
-    args = settings("rerec", group_size=4)
-    totals = {"responses": 12, "tokens": sum(map(len, rollout.responses))}
-    (whole,), metrics, _ = take_step(model, tokenizer, builder, queries, args)
-    shares = [take_step(model, tokenizer, builder, share, args, totals=totals)
-              for share in (queries[:1], queries[1:], [])]
-    assert close(sum(gradient for (gradient,), _, _ in shares), whole) and not shares[2][0][0].any()
-    for name in ("reward", "accuracy", "token_loss", "dead_groups"):
-        assert sum(found[name] for _, found, _ in shares) == pytest.approx(metrics[name], abs=1e-5)
-
-def test_groups_without_advantage_are_skipped_unless_they_pay_their_kl(
-        model, tokenizer, builder, queries, rollout, monkeypatch):
-    replay(monkeypatch, rollout)
-    seen, original = [], policy.row_logprobs
-    monkeypatch.setattr(policy, "row_logprobs", lambda *rest: (seen.extend(rest[2]), original(*rest))[1])
-    for kl_coef, rows in ((0.0, 8), (0.1, 12 + 12)):  # once more for the reference
-        seen.clear()
-        take_step(model, tokenizer, builder, queries, settings("rerec", group_size=4, kl_coef=kl_coef), model)
-        assert len(seen) - 12 == rows  # 12 in sampling, as `replay` does it
