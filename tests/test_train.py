@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import rerec
 import train
 from data import InputError
 from extras import tasks
-from extras.flags import DEFAULTS, parse_eval_flags, parse_train_flags
+from extras.flags import DEFAULTS, parse_eval_flags
 from runs import BASE, METHODS, ROOT, SMALL, metrics, refusal, run_train, run_with_states, same, small_run
 from runs import main, small  # noqa: F401
 from steps import plain_row
@@ -38,17 +39,6 @@ def test_a_run_leaves_its_files(small, toy):
     assert result["systems"] == report["systems"] and result["lists"] == report["lists"]
     assert set(result["seconds"]) == {"sft", *warmup, "rl", "all"}
     assert str(small.folder.parent) not in (small.folder / "result.json").read_text()
-
-def test_the_checkpoint_is_an_ordinary_folder(small, toy):
-    model, tokenizer, head = r2r.load_checkpoint(small.folder / "checkpoint")
-    example = toy.examples("test", 1, 6)[0]
-    assert bool(head) == (small.folder / "checkpoint/score_head.safetensors").exists()
-    ranked = r2r.rank(model, tokenizer, head, example.history, example.candidates, max_new_tokens=12)
-    assert {r.item.id for r in ranked} == {c.id for c in example.candidates}
-    if head:  # the scores that the run itself found on this list
-        values = json.loads((small.folder / "eval.json").read_text())["values"]["rl"]
-        right = next(n for n, r in enumerate(ranked) if example.relevance[example.candidates.index(r.item)])
-        assert values[0] == pytest.approx(1 / math.log2(right + 2), abs=1e-4)
 
 def test_the_same_seed_gives_the_same_run(tmp_path, tmp_path_factory):
     """Also from the command line, where the directory is the first free one."""
@@ -139,41 +129,31 @@ def test_three_bad_steps_in_a_row_stop_a_run(tmp_path):
     with pytest.raises(InputError, match="three steps"):
         run.log("rl", 1, {"grad_norm": math.nan}, every=2)
 
-def test_traces_of_a_file_are_kept_where_they_are_right(tmp_path, toy):
-    """Of 4 yes and 7 right no: 3 and 6."""
-    path, lines = tmp_path / "traces", []
-    for n, e in enumerate(toy.examples("train", 12)):
-        label = int(n % 3 == 0)
-        item = next(c for c, y in zip(e.candidates, e.relevance) if y == label)
-        answer = "yes" if label != (n == 11) else "no"  # the last one is wrong
-        lines.append({"user": e.user, "history": [h.id for h in e.history], "candidate": item.id,
-                      "label": label, "trace": f"#Final conclusion: so. <answer>{answer}</answer>"})
-    path.write_text("\n".join(map(json.dumps, lines)))
-    printed = run_train(*SMALL, "--out", tmp_path / "r", "--teacher", path, "--warmup-steps", "1")
-    assert "9 of 12 traces kept" in printed and "on 2 lists: none was held out" in printed
-    path.write_text(json.dumps(lines[0]) + "\n" + json.dumps({"user": "u"}))
-    with pytest.raises(InputError, match=f"{path} line 2"):
-        run_train(*SMALL, "--out", tmp_path / "s", "--teacher", path)
+def test_right_answers_of_a_teacher_are_learnt_from(tmp_path, toy, monkeypatch):
+    """One that guesses is right at times: of these traces 1 yes to 2 no are kept, also of their file."""
+    said, rng, train_users = [], random.Random(0), {user for user, _ in toy.splits["train"]}
 
-def test_right_answers_of_a_teacher_are_kept(tmp_path, toy, model, tokenizer, monkeypatch):
-    """One that always says yes is right about the positives alone."""
-    asked = []
+    def guess(model, tokenizer, prefix_ids, suffix_ids, num_samples, **settings):
+        assert "#Initial reasoning" in tokenizer.decode(prefix_ids)
+        said.append([rng.choice(("yes", "no")) for _ in suffix_ids])
+        return [[tokenizer(f"#Self-check: fine. <answer>{word}</answer>").input_ids] for word in said[-1]]
 
-    def say_yes(model, tokenizer, prefix_ids, suffix_ids, num_samples, **settings):
-        asked.append(tokenizer.decode(prefix_ids))
-        return [[tokenizer("#Self-check: fine. <answer>yes</answer>").input_ids] for _ in suffix_ids]
-
-    monkeypatch.setattr(policy, "load", lambda *_: (model, tokenizer))
-    monkeypatch.setattr(policy, "sample", say_yes)
-    monkeypatch.setattr(tasks, "PAIRS_ASKED", 10)
-    args = parse_train_flags(["--teacher", "someone"])
-    tasks.ask_teacher(toy, args, "cpu", torch.float32, tmp_path / "traces")
-    records = [json.loads(line) for line in (tmp_path / "traces").read_text().splitlines()]
-    assert len(records) == len(asked) == 5 and all("#Initial reasoning" in a for a in asked)
+    monkeypatch.setattr(policy, "sample", guess)
+    monkeypatch.setattr(tasks, "PAIRS_ASKED", 60)
+    flags = [*SMALL, "--warmup-steps", "1", "--teacher"]
+    printed = run_train(*flags, "tiny", "--out", tmp_path / "r")
+    records = [json.loads(line) for line in (tmp_path / "r/traces.jsonl").read_text().splitlines()]
+    yes, no = (sum(pair[n] == word for pair in said) for n, word in enumerate(("yes", "no")))
+    assert [sum(r["label"] == label for r in records) for label in (1, 0)] == [yes, no] and len(said) == 30
     for r in records:
-        assert r["label"] == 1 and r["trace"] == "#Self-check: fine. <answer>yes</answer>"
-        assert r["candidate"] in {x.item_id for x in toy.sequences[r["user"]]}
-        assert r["user"] in {u for u, _ in toy.splits["train"]}
+        assert r["user"] in train_users
+        assert r["label"] == (r["candidate"] in {x.item_id for x in toy.sequences[r["user"]]})
+        assert r["trace"] == f"#Self-check: fine. <answer>{('no', 'yes')[r['label']]}</answer>"
+    assert f"{3 * min(yes, no // 2)} of {yes + no} traces kept" in printed
+    assert "on 2 lists: none was held out" in printed
+    run_train(*flags, tmp_path / "r/traces.jsonl", "--out", tmp_path / "s")
+    first, again = ([r["loss"] for r in metrics(tmp_path / out)[:3]] for out in "rs")
+    assert first == again and len(said) == 30
 
 # --- flags and bad input --------------------------------------------------------------------------------
 
