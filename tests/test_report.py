@@ -1,12 +1,20 @@
-"""Tables of finished runs, against numbers computed by hand."""
+"""Tables of runs: against numbers computed by hand, and those of results/README.md against their files."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from data import InputError
 from eval import intervals
 from extras import report
+from runs import ROOT
+
+TEXT = (ROOT / "results/README.md").read_text()
+TABLES = re.findall(r"```bash\n(python extras/report\.py [^\n]*)\n```\n\n```\n(.*?)```", TEXT, re.S)
+
+assert len(TABLES) >= 2
 
 def interval(mean):
     return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}
@@ -90,3 +98,15 @@ def test_a_figure_shows_the_rows_and_changes_only_with_the_runs(tmp_path):
     text = (tmp_path / "one.svg").read_text()
     assert all(words in text for words in ("some name", "random", "0.500", "0.700", "NDCG@10, in training"))
     assert (tmp_path / "two.svg").read_text() == text
+
+@pytest.mark.parametrize("command, table", TABLES, ids=[command.split()[2] for command, _ in TABLES])
+def test_a_table_is_what_its_command_prints(command, table, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    files = [str(path) for pattern in command.split()[2:] for path in sorted(Path(".").glob(pattern))]
+    report.main(files)
+    printed = [line.rstrip() for line in capsys.readouterr().out.strip().splitlines()]
+    assert printed == [line.rstrip() for line in table.strip().splitlines()]
+
+def test_no_stored_result_names_a_place_of_the_machine_that_made_it():
+    for path in (ROOT / "results").rglob("*.json"):
+        assert not re.search(r'"/(home|root|mnt|tmp|work)/', path.read_text()), path
