@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import policy
 import train
@@ -45,21 +44,16 @@ def main_with_fixed_responses(path, *flags):
         _, rollout.hidden = policy.all_logprobs(model, rollout)
         return rollout
 
-    def parameters(optimizer):  # not of the warm-up's AdamW
-        ours = optimizer.defaults["betas"] == (0.9, 0.95)
-        return [p for group in optimizer.param_groups for p in group["params"]] if ours else []
+    def watched(optimizer, groups, original=Optimizer.__init__):
+        original(optimizer, groups)
+        optimizer.adamw.register_step_pre_hook(lambda *_: updates.append(
+            [[m.grad.clone() for m in optimizer.masters if m.grad is not None]]))
+        optimizer.adamw.register_step_post_hook(lambda *_: updates[-1].append(
+            [m.detach().clone() for m in optimizer.masters]))
 
-    def before(optimizer, *_):
-        updates.append([[p.grad.clone() for p in parameters(optimizer) if p.grad is not None]])
-
-    def after(optimizer, *_):
-        updates[-1].append([p.detach().clone() for p in parameters(optimizer)])
-
-    policy.sample_rows, models.check_model = respond, lambda *_: None
-    register_optimizer_step_pre_hook(before)
-    register_optimizer_step_post_hook(after)
+    policy.sample_rows, models.check_model, Optimizer.__init__ = respond, lambda *_: None, watched
     main(*flags)
-    torch.save([u for u in updates if u[1]], f"{path}.{parallel.rank()}")
+    torch.save(updates, f"{path}.{parallel.rank()}")
 
 def sums_and_shares(path):
     """Four parameters: a gradient in both processes, in one, in the other, in none."""
