@@ -12,7 +12,7 @@ import rerec
 import rewards
 import test_plackett_luce
 from steps import Recorder, close, plain_row, replay
-from test_step import answers, builder, case, lists, queries, rationales  # noqa: F401
+from test_step import answers, case, lists, queries, rationales  # noqa: F401
 from test_step import RELEVANCE, flags, objective, take_step
 
 @pytest.mark.parametrize("method", ["r2rank"])

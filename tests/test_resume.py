@@ -18,7 +18,7 @@ import torch
 import data
 from extras import queries, report
 from extras.flags import parse_train_flags
-from runs import METHODS, ROOT, SMALL, refusal, run_train, run_with_states, same, small_run
+from runs import METHODS, ROOT, SMALL, refusal, run_train, same, small_run
 from runs import fork  # noqa: F401
 
 MORE = {"r2rank": ["--pl", "sample", "--kl-coef", "0.1", "--eval-samples", "2"],

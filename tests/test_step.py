@@ -1,4 +1,6 @@
-"""A training step of either method: against the written objective, and what must not change it."""
+"""A training step of either method: against the written objective, and what must not change it.
+
+And what R2Rank reads from rationales, against the plain forward pass."""
 
 import copy
 import math
@@ -12,6 +14,7 @@ import policy
 import r2r
 import rerec
 import rewards
+import train
 from extras.queries import QueryBuilder
 from steps import Recorder, close, pad_logprobs, plain_row, replay, settings, token_terms
 from test_plackett_luce import enumerate_value
@@ -35,12 +38,8 @@ def rationales(model_and_tokenizer, lists):
     return found
 
 @pytest.fixture(scope="module")
-def builder(toy):
-    return QueryBuilder(toy, max_conditions=3)
-
-@pytest.fixture(scope="module")
-def queries(builder):
-    return builder.draw("train", 3)
+def queries(toy):
+    return QueryBuilder(toy, max_conditions=3).draw("train", 3)
 
 @pytest.fixture(scope="module")
 def answers(model_and_tokenizer, queries):
@@ -61,13 +60,13 @@ def method(request):
     return request.param
 
 @pytest.fixture
-def case(method, model, tokenizer, score_head, lists, rationales, builder, queries, answers):
+def case(method, model, tokenizer, score_head, lists, rationales, toy, queries, answers):
     """A method, what a step of it is given (`items`), and the `rollout` that answers them."""
     made = SimpleNamespace(method=method, model=model, tokenizer=tokenizer, head=score_head, task=None,
                            train_step=r2r.train_step, items=lists, rollout=rationales)
     if method == "rerec":
         queue = rerec.CurriculumQueue([q.id for q in queries], 3)
-        made.task = rerec.Task(queue, rewards.attribute_graph(builder.graph_items()))
+        made.task = rerec.Task(queue, rewards.attribute_graph(toy.items.values()))
         made.head, made.train_step, made.items, made.rollout = None, rerec.train_step, queries, answers
     return made
 
@@ -198,19 +197,6 @@ def test_a_list_that_is_ranked_right_with_certainty_teaches_nothing(rationales):
     assert alive == [1] and not advantages[:12].any()
 
 @pytest.mark.parametrize("method", ["r2rank"])
-def test_what_each_part_of_the_gradient_trains(case, monkeypatch):
-    """No credit: the score loss alone. score_gradient "head": it reaches the head alone. They add up."""
-    replay(monkeypatch, case.rollout)
-    weights = sum(p.numel() for p in case.model.parameters())
-    found, none, head = [], {"credit": "none"}, {"score_gradient": "head"}
-    for changes in ({}, none, head, none | head):
-        (gradient,), metrics = take_step(case, flags(case, **changes))
-        found.append(gradient[:weights])
-        assert (metrics["token_loss"] == 0) == ("credit" in changes) and gradient[weights:].any()
-    whole, scores, tokens, neither = found
-    assert close(scores + tokens, whole) and scores.any() and tokens.any() and not neither.any()
-
-@pytest.mark.parametrize("method", ["r2rank"])
 def test_the_order_of_candidates_changes_nothing(case):
     """Sampling included: the same seed gives a candidate the same rationales, wherever it stands."""
     turned = [replace(e, candidates=e.candidates[::-1], relevance=e.relevance[::-1]) for e in case.items]
@@ -238,6 +224,61 @@ def test_a_score_that_is_no_number_is_seen_in_the_norm(case, score_head, pl, bad
     case.head = Broken()
     assert math.isnan(take_step(case, flags(case, pl=pl))[1]["grad_norm"])
     score_head.zero_grad()
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_scores_are_means_over_rationales(model, tokenizer, score_head, lists, rationales, swap, monkeypatch):
+    """--swap-rationales: each candidate is scored by its own prompt and its neighbour's rationales."""
+    replay(monkeypatch, rationales)
+    said = rationales.responses
+    if swap:
+        said = [*said[9:12], *said[:9], *said[18:], *said[12:18]]
+    pairs = [(e.history, e.candidates) for e in lists]
+    found = r2r.score_lists(model, tokenizer, score_head, pairs, settings(swap_rationales=swap), 3)
+    read = policy.Rollout(rationales.prompts, 3, said)
+    rows = torch.stack([score_head(plain_row(model, read, n)[1]) for n in range(21)])
+    for (scores, _), wanted in zip(found, read.by_list(rows), strict=True):
+        torch.testing.assert_close(scores, wanted.mean(1), atol=1e-5, rtol=0)
+    texts = [text for _, rows in found for row in rows for text in row]
+    assert texts == tokenizer.batch_decode(said, skip_special_tokens=True)
+
+def test_zero_shot_score_is_the_log_odds_at_the_answer(toy, lists):
+    """What it answered does not count; one that never came to its answer is asked for it."""
+    model, tokenizer = policy.load("tiny", texts=toy.texts())
+
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    assert len(encode("yes")) != len(encode("no"))  # to this tokenizer
+    prompt = r2r.build_prompt(tokenizer, lists[1].history, lists[1].candidates)
+    answers = "Rose.\n<answer>yes</answer>", "Rose.\n<answer>no", "I"
+    responses = [encode(f"{text}<|im_end|>") for text in answers]
+    found = r2r.answer_log_odds(model, tokenizer, policy.Rollout([prompt], 1, responses))
+    for n, thought in enumerate(("Rose.\n", "Rose.\n", "I\n")):
+        rows = [encode(f"{thought}<answer>{word}") for word in ("yes", "no")]
+        yes, no = (plain_row(model, policy.Rollout([prompt], 1, [r] * 3), n)[0].sum() for r in rows)
+        assert found[n].item() == pytest.approx((yes - no).item(), abs=1e-4)
+
+@pytest.mark.parametrize("text, answer", [
+    ("so <answer>yes</answer>", True), ("<answer> No </answer>", False),
+    ("<answer>yes</answer> wait <answer>no</answer>", False),  # the last one counts
+    *((text, None) for text in ("", "yes", "<answer>maybe</answer>", "<answer>yes", "<answer></answer>"))])
+def test_parse_answer(text, answer):
+    assert r2r.parse_answer(text) is answer
+
+def test_warm_up_fits_the_head_and_learns_no_noise_by_heart():
+    """Features that show the positive are found; from noise it learns no certainty about other lists."""
+    relevance, fresh = [torch.eye(6)[n % 6] for n in range(12)], torch.randn(120, 192)
+    noise = [torch.randn(6, 2, 192) for _ in range(12)]
+    telling = [h + 2.0 * y[:, None, None] for h, y in zip(noise, relevance)]
+    heads = [r2r.ScoreHead(192) for _ in range(3)]
+    optimizers = [torch.optim.AdamW(head.parameters(), lr=1e-3) for head in heads]
+    assert train.fit_score_head(heads[0], telling, relevance, optimizers[0], epochs=5) > 0.95
+    train.fit_score_head(heads[1], noise, relevance, optimizers[1])
+    for h, y in 10 * list(zip(noise, relevance)):  # by heart
+        optimizers[2].zero_grad()
+        r2r.score_loss(heads[2](h), y)[0].mean().backward()
+        optimizers[2].step()
+    assert heads[1](fresh).std() < 0.5 * heads[2](fresh).std()
 
 # --- ReRec alone ---
 

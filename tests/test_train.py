@@ -34,11 +34,9 @@ def test_a_run_leaves_its_files(small, toy):
     assert [r["stage"] for r in metrics(small.folder)] == ["sft"] * 3 + warmup + ["rl"] * 3
     assert 0 <= last["utility" if method == "r2rank" else "accuracy"] <= 1 and last["clipped"] == 0
     assert 0 < last["length"] <= 12 and last["tokens"] > 0 and last["grad_norm"] >= 0
-    assert all(name in small.printed for name in report["systems"])
-    # what tables are made of: the same numbers, how long it took, nothing of this machine
+    # what tables are made of: the same numbers, and how long it took
     assert result["systems"] == report["systems"] and result["lists"] == report["lists"]
     assert set(result["seconds"]) == {"sft", *warmup, "rl", "all"}
-    assert str(small.folder.parent) not in (small.folder / "result.json").read_text()
 
 def test_the_same_seed_gives_the_same_run(tmp_path, tmp_path_factory):
     """Also from the command line, where the directory is the first free one."""
@@ -56,12 +54,6 @@ def test_sampled_rankings_and_several_updates(tmp_path):
     main("--run", tmp_path, "--out", tmp_path / "again", parse=parse_eval_flags, run=train.evaluation.main)
     first, again = (json.loads((tmp_path / name).read_text()) for name in ("eval.json", "again"))
     assert first["values"]["rl"] == again["values"]["rl"]  # also where rationales are sampled
-
-def test_without_reasoning_nothing_is_generated(tmp_path):
-    run_train(*SMALL, "--out", tmp_path, "--no-reasoning", "--temperature", "0.8")
-    rows = [r for r in metrics(tmp_path) if r["stage"] == "rl"]
-    assert all(r["length"] == r["token_loss"] == 0 < r["grad_norm"] for r in rows)
-    assert not r2r.ScoreHead.load(tmp_path / "checkpoint/score_head.safetensors").reasoning
 
 @pytest.mark.parametrize("method, module", [("r2rank", r2r), ("rerec", rerec)])
 def test_one_batch_in_bfloat16(tmp_path, monkeypatch, method, module):
