@@ -14,17 +14,16 @@ def settings(method="r2rank", **changes):
     return SimpleNamespace(**vars(parse_train_flags(["--method", method])) | changes)
 
 class Recorder:
-    """In train.Optimizer's place: keeps gradients, goes `rate` times each downhill. totals: sums' results."""
+    """In train.Optimizer's place: keeps gradients, goes `rate` times each downhill."""
 
-    def __init__(self, *modules, rate=0.0, totals=()):
+    def __init__(self, *modules, rate=0.0):
         self.parameters = [p for m in modules for p in m.parameters()]
-        self.rate, self.totals, self.gradients = rate, dict(totals), []
+        self.rate, self.gradients = rate, []
 
     def gather(self, items):
         return items
 
-    def sum(self, numbers):
-        return {name: self.totals.get(name, n) for name, n in numbers.items()}
+    sum = gather  # there is one process
 
     @torch.no_grad()
     def step(self):

@@ -22,9 +22,6 @@ from extras.flags import parse_eval_flags
 from rewards import ndcg_at_k
 from runs import METHODS, main, refusal, run_train, small, small_run  # noqa: F401
 
-def interval(values, users=None):
-    return intervals({"": values}, users)[""]
-
 def brute_force(scores, relevance):
     """Metrics averaged over every order that sorts the scores."""
     orders = [p for p in itertools.permutations(range(len(scores)))
@@ -63,7 +60,7 @@ def test_the_bootstrap_against_a_plain_one():
     users, values = zip(*((u, v) for u, vs in enumerate(lists) for v in vs))
     drawn = [rng.choices(lists, k=30) for _ in range(4000)]
     means = sorted(sum(map(sum, d)) / sum(map(len, d)) for d in drawn)
-    found = interval(values, users)
+    found = intervals({"": values}, users)[""]
     assert (found["low"], found["high"]) == pytest.approx((means[100], means[3900]), abs=0.06)
 
 def test_differences_are_paired():

@@ -103,8 +103,6 @@ def test_preference_alignment_by_hand():
             ("m0", ["no"], 0.0), ("m0", ["m2", "m1", "no"], 24 / 25)):
         assert rewards.preference_alignment(predicted, truths, embeddings) == pytest.approx(wanted)
 
-# --- LightGCN ---
-
 # Two duplicates; user 2 and items 3 and 4 have no edge.
 PAIRS = torch.tensor([[0, 0], [0, 1], [1, 1], [1, 2], [1, 1], [3, 0], [0, 0]])
 

@@ -160,20 +160,6 @@ def test_what_must_not_change_a_step(case, monkeypatch):
         for name in names:
             assert again[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-4), name
 
-def test_shares_of_a_step_add_up_to_the_whole(case, monkeypatch):
-    """As several processes share it, one of them without any list."""
-    replay(monkeypatch, case.rollout)
-    (whole,), metrics = take_step(case, flags(case))
-    rows = len(case.rollout.owner)
-    totals = {"lists": len(case.items), "rationales": rows, "responses": rows,
-              "tokens": sum(map(len, case.rollout.responses))}
-    shares = [take_step(case, flags(case), share, totals=totals)
-              for share in (case.items[:1], case.items[1:], [])]
-    assert close(sum(gradient for (gradient,), _ in shares), whole) and not shares[2][0][0].any()
-    names = {"utility", "score_std"} if case.head else {"reward", "accuracy", "dead_groups"}
-    for name in names | {"token_loss", "format_rate"}:
-        assert sum(found[name] for _, found in shares) == pytest.approx(metrics[name], abs=1e-5), name
-
 def test_what_has_no_signal_is_skipped_unless_it_pays_its_kl(case, monkeypatch):
     """A list without a relevant candidate; a request whose responses are all alike."""
     replay(monkeypatch, case.rollout)
@@ -187,7 +173,17 @@ def test_what_has_no_signal_is_skipped_unless_it_pays_its_kl(case, monkeypatch):
         take_step(case, flags(case, kl_coef=kl_coef), items, case.model)
         assert len(seen) == every + rows  # all in sampling, as `replay` does it
 
-# --- R2Rank alone ---
+@pytest.mark.parametrize("method", ["rerec"])
+def test_judging_a_rollout(case):
+    """A query's tokens have mean 0 and deviation 1; a paragraph that names the wrong item has less."""
+    _, advantages = rerec.judge(case.tokenizer, case.rollout, case.items, rerec.Task(None), flags(case))
+    assert not advantages[8:].any()  # these are all alike
+    for n in (0, 4):
+        rows = [a[:len(r)] for a, r in zip(advantages[n:n + 4], case.rollout.responses[n:])]
+        assert torch.cat(rows).mean().item() == pytest.approx(0, abs=1e-5)
+        assert torch.cat(rows).std(correction=0).item() == pytest.approx(1, abs=1e-4)
+        right, wrong, unboxed, _ = rows
+        assert right[0] > wrong[-1] > wrong[0] > unboxed[0]
 
 def test_a_list_that_is_ranked_right_with_certainty_teaches_nothing(rationales):
     """One of equal scores for all rationales does."""
@@ -279,17 +275,3 @@ def test_warm_up_fits_the_head_and_learns_no_noise_by_heart():
         r2r.score_loss(heads[2](h), y)[0].mean().backward()
         optimizers[2].step()
     assert heads[1](fresh).std() < 0.5 * heads[2](fresh).std()
-
-# --- ReRec alone ---
-
-@pytest.mark.parametrize("method", ["rerec"])
-def test_judging_a_rollout(case):
-    """A query's tokens have mean 0 and deviation 1; a paragraph that names the wrong item has less."""
-    _, advantages = rerec.judge(case.tokenizer, case.rollout, case.items, rerec.Task(None), flags(case))
-    assert not advantages[8:].any()  # these are all alike
-    for n in (0, 4):
-        rows = [a[:len(r)] for a, r in zip(advantages[n:n + 4], case.rollout.responses[n:])]
-        assert torch.cat(rows).mean().item() == pytest.approx(0, abs=1e-5)
-        assert torch.cat(rows).std(correction=0).item() == pytest.approx(1, abs=1e-4)
-        right, wrong, unboxed, _ = rows
-        assert right[0] > wrong[-1] > wrong[0] > unboxed[0]

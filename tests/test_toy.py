@@ -16,6 +16,7 @@ from extras import tasks
 from extras.queries import QueryBuilder
 from extras.toy import ATTRIBUTES, add_words, answer_trace, judge_trace, look_up_exercise, relevant_lookups
 from steps import settings
+from test_data import INTER, load, write
 
 def test_a_trace_about_a_candidate_by_hand():
     past = [Item(b + k, "", {"brand": (b,), "kind": ("All", k)}) for b, k in ("Ax", "Ay", "Bx")]
@@ -68,14 +69,11 @@ def test_traces_about_a_request_are_true_and_in_format(toy):
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory):
     """A RecBole folder with times and ratings: 12 users, 8 of 40 items each."""
-    folder, rng = tmp_path_factory.mktemp("shop"), random.Random(0)
-    items = [f"{i}\tthing {i}\tc{i % 4}\n" for i in range(40)]
+    rng, item = random.Random(0), "item_id:token\ttitle:token_seq\tcolour:token\n"
+    item += "".join(f"{i}\tthing {i}\tc{i % 4}\n" for i in range(40))
     rows = [f"u{u}\t{i}\t{i % 5}\t{10**9 + 10**6 * t + u}\n"
             for u in range(12) for t, i in enumerate(rng.sample(range(40), 8))]
-    (folder / "shop.item").write_text("item_id:token\ttitle:token_seq\tcolour:token\n" + "".join(items))
-    header = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
-    (folder / "shop.inter").write_text(header + "".join(rows))
-    return data.load(str(folder))
+    return load(write(tmp_path_factory.mktemp("shop"), item, inter=INTER + "".join(rows)))
 
 def test_lessons_are_one_yes_to_two_no_and_never_of_a_held_out_pair(tokenizer, shop, monkeypatch):
     """The prompts are RL's, of the list's history with times and ratings."""
