@@ -71,8 +71,6 @@ def test_differences_are_paired():
     found = evaluation.paired_differences({"a": {"m": worse}, "b": {"m": better}}, range(10), ["m"])
     assert found == {"b - a": {"m": pytest.approx({"mean": 0.25, "low": 0.25, "high": 0.25})}}
 
-# --- files ----------------------------------------------------------------------------------------------
-
 def rescore(run, qrels):
     """NDCG@10 of a TREC run, from the files alone: {system: ndcg}."""
     judged, runs = {}, {}
@@ -141,8 +139,6 @@ def test_a_retriever_s_misses_count_as_0_and_new_items_are_noted(tmp_path, toy, 
     assert "in 4 of 4 lists" in evaluate(*flags, "--count-misses", "--out", tmp_path / "e.json")
     with pytest.raises(data.InputError, match="line 2"):
         evaluate(*flags)
-
-# --- runs -----------------------------------------------------------------------------------------------
 
 def test_a_run_evaluated_again_gives_its_numbers(small, tmp_path):
     folder = shutil.copytree(small.folder, tmp_path / "r")

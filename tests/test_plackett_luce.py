@@ -126,9 +126,6 @@ def test_advantages_by_their_formulas():
     got = r2r.advantages(scores, relevance, credit="list")
     for row in got:
         torch.testing.assert_close(row, want)
-
-@pytest.mark.parametrize("credit", ["item", "list"])
-def test_identical_rationales_get_no_advantage(credit):
-    scores, relevance = torch.randn(6, 1).expand(6, 4), torch.tensor([0.0, 1, 0, 0, 0, 0])
-    assert r2r.advantages(scores, relevance, credit=credit).abs().max() < 1e-2
-    assert torch.equal(r2r.advantages(scores[:, :1], relevance, credit=credit), torch.zeros(6, 1))
+    for credit in ("item", "list"):  # rationales that are alike, or the only ones, have none
+        for alike in (scores[:, :1].expand(5, 4), scores[:, :1]):
+            assert r2r.advantages(alike, relevance, credit=credit).abs().max() < 1e-2

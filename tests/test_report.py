@@ -14,8 +14,6 @@ from runs import ROOT
 TEXT = (ROOT / "results/README.md").read_text()
 TABLES = re.findall(r"```bash\n(python extras/report\.py [^\n]*)\n```\n\n```\n(.*?)```", TEXT, re.S)
 
-assert len(TABLES) >= 2
-
 def interval(mean):
     return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}
 
@@ -108,5 +106,6 @@ def test_a_table_is_what_its_command_prints(command, table, capsys, monkeypatch)
     assert printed == [line.rstrip() for line in table.strip().splitlines()]
 
 def test_no_stored_result_names_a_place_of_the_machine_that_made_it():
+    assert len(TABLES) >= 2
     for path in (ROOT / "results").rglob("*.json"):
         assert not re.search(r'"/(home|root|mnt|tmp|work)/', path.read_text()), path

@@ -51,8 +51,6 @@ def test_reward_by_hand(text, wanted):
 def test_answers_ndcg_by_hand(answers, truths, wanted):
     assert rerec.answers_ndcg(answers, truths, 10) == pytest.approx(wanted)
 
-# --- reasoning-aware advantages ---
-
 def characters(text):
     return [(n, n + 1) for n in range(len(text))]
 

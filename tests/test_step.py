@@ -150,14 +150,12 @@ def test_what_must_not_change_a_step(case, monkeypatch):
     replay(monkeypatch, case.rollout)
     args = flags(case, kl_coef=0.3, ppo_epochs=2)
     wanted, metrics = take_step(case, args, None, case.model, rate=0.3)
-    names = {"token_loss", "kl", "clipped", "entropy", "length"}
-    names |= {"utility", "score_std"} if case.head else {"reward", "difficulty"}
     pad_logprobs(monkeypatch)
     for args.micro_batch, share, order in ((1, True, 1), (4, False, -1), (100, True, -1)):
         monkeypatch.setattr(policy, "SHARE_PREFIX", share)
         found, again = take_step(case, args, case.items[::order], case.model, rate=0.3)
         assert all(map(close, found, wanted))
-        for name in names:
+        for name in metrics.keys() - {"seconds", "seconds_sample"}:
             assert again[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-4), name
 
 def test_what_has_no_signal_is_skipped_unless_it_pays_its_kl(case, monkeypatch):
@@ -240,17 +238,14 @@ def test_scores_are_means_over_rationales(model, tokenizer, score_head, lists, r
 def test_zero_shot_score_is_the_log_odds_at_the_answer(toy, lists):
     """What it answered does not count; one that never came to its answer is asked for it."""
     model, tokenizer = policy.load("tiny", texts=toy.texts())
-
-    def encode(text):
-        return tokenizer(text, add_special_tokens=False).input_ids
-
-    assert len(encode("yes")) != len(encode("no"))  # to this tokenizer
+    yes, no = tokenizer(["yes", "no"]).input_ids
+    assert len(yes) != len(no)  # to this tokenizer
     prompt = r2r.build_prompt(tokenizer, lists[1].history, lists[1].candidates)
     answers = "Rose.\n<answer>yes</answer>", "Rose.\n<answer>no", "I"
-    responses = [encode(f"{text}<|im_end|>") for text in answers]
+    responses = [tokenizer(f"{text}<|im_end|>").input_ids for text in answers]
     found = r2r.answer_log_odds(model, tokenizer, policy.Rollout([prompt], 1, responses))
     for n, thought in enumerate(("Rose.\n", "Rose.\n", "I\n")):
-        rows = [encode(f"{thought}<answer>{word}") for word in ("yes", "no")]
+        rows = [tokenizer(f"{thought}<answer>{word}").input_ids for word in ("yes", "no")]
         yes, no = (plain_row(model, policy.Rollout([prompt], 1, [r] * 3), n)[0].sum() for r in rows)
         assert found[n].item() == pytest.approx((yes - no).item(), abs=1e-4)
 
