@@ -36,13 +36,15 @@ Then end with <answer>yes</answer> or <answer>no</answer>."""
 def template_lessons(dataset, tokenizer, args):
     """R2Rank: of each list up to 3 candidates that the template teacher likes, and twice as many others."""
     targets, reasoning = dataset.targets("train"), not args.no_reasoning
+    words = toy.telling_words(dataset)
 
     def lessons(step):
         rng, found = random.Random(f"sft/{args.seed}/{step}"), []
         for _ in range(1000):
             target = rng.choice(targets)
             example = dataset.example(target, args.num_candidates, args.history_length, args.seed)
-            traces = [(c, *toy.judge_trace(example.history, c, rng, reasoning)) for c in example.candidates]
+            traces = [(c, *toy.judge_trace(example.history, c, rng, reasoning, words))
+                      for c in example.candidates]
             yes, no = [t for t in traces if t[2]], [t for t in traces if not t[2]]
             count = min(3, len(yes), len(no) // 2)
             if count:

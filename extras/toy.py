@@ -10,6 +10,7 @@ import itertools
 import math
 import random
 import re
+from collections import Counter
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -125,16 +126,27 @@ def prepare_for_requests(model, tokenizer, dataset):
     favour_copying(model)
     add_words(model, tokenizer, dict.fromkeys(f" {shown_title(item)}" for item in dataset.items.values()))
 
-def judge_trace(history, candidate, rng, reasoning=True):
-    """R2Rank's teacher: (response, its answer). It looks some attributes of the candidate up in the history,
+def title_words(item):
+    return dict.fromkeys(re.findall(r"\w{3,}", item.title.lower()))
+
+def telling_words(dataset):
+    """The words of titles that can tell items apart: in two titles or more, and in no more than one in 20."""
+    counts = Counter(word for item in dataset.items.values() for word in title_words(item))
+    return {word for word, n in counts.items() if 2 <= n <= len(dataset.items) / 20}
+
+def features(item, words=()):
+    """What can be looked up of an item: (name, value) of the attributes that prompts show, and its words."""
+    shown = [(name, value) for name, values in item.attributes.items() for value in values[-2:]]
+    return shown + [("word", word) for word in title_words(item) if word in words]
+
+def judge_trace(history, candidate, rng, reasoning=True, words=()):
+    """R2Rank's teacher: (response, its answer). It looks some features of the candidate up in the history,
     truly but at random, and answers by what it found: what is worth looking up it does not know.
-    Each claim repeats the attribute beside its evidence: a small model then needs one look-up, not two."""
-    names = rng.sample(list(candidate.attributes), min(LOOK_UPS, len(candidate.attributes)))
-    counts = {f"{name} {candidate.attributes[name][-1]}":
-              sum(candidate.attributes[name][-1] in item.attributes.get(name, ()) for item in history)
-              for name in names}
+    Each claim repeats the feature beside its evidence: a small model then needs one look-up, not two."""
+    found, past = features(candidate, words), [features(item, words) for item in history]
+    counts = {pair: sum(pair in item for item in past) for pair in rng.sample(found, min(LOOK_UPS, len(found)))}
     yes = bool(counts) and sum(counts.values()) >= max(1, round(0.3 * len(history)))
-    evidence = ", ".join(f"{claim} {n}" for claim, n in counts.items()) or "nothing known"
+    evidence = ", ".join(f"{name} {value} {n}" for (name, value), n in counts.items()) or "nothing known"
     answer = f"<answer>{'yes' if yes else 'no'}</answer>"
     return (f"In the history: {evidence}.\n{answer}" if reasoning else answer), yes
 

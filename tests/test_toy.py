@@ -1,5 +1,6 @@
 """The cold start: template teachers, lessons from them and from files, and how tiny models start."""
 
+import itertools
 import json
 import random
 import re
@@ -14,18 +15,28 @@ import rerec
 from data import InputError, Item, attribute_pairs
 from extras import tasks
 from extras.queries import QueryBuilder
-from extras.toy import ATTRIBUTES, add_words, answer_trace, judge_trace, look_up_exercise, relevant_lookups
+from extras.toy import (ATTRIBUTES, add_words, answer_trace, features, judge_trace, look_up_exercise,
+                        relevant_lookups, telling_words)
 from steps import settings
 from test_data import INTER, load, write
 
 def test_a_trace_about_a_candidate_by_hand():
     past = [Item(b + k, "", {"brand": (b,), "kind": ("All", k)}) for b, k in ("Ax", "Ay", "Bx")]
-    liked, other = (Item("c", "", {"brand": (b,), "kind": ("All", k)}) for b, k in ("Ay", "Cz"))
-    traces = {judge_trace(past, liked, random.Random(n)) for n in range(20)}
-    assert traces == {(f"In the history: {found}.\n<answer>yes</answer>", True)
-                      for found in ("brand A 2, kind y 1", "kind y 1, brand A 2")}
+    liked, other = (Item("c", "", {"brand": (b,), "kind": path})
+                    for b, path in (("A", ("All", "y")), ("C", ("None", "z"))))
+    traces = {judge_trace(past, liked, random.Random(n)) for n in range(40)}
+    assert traces == {(f"In the history: {a}, {b}.\n<answer>yes</answer>", True)
+                      for a, b in itertools.permutations(("brand A 2", "kind All 3", "kind y 1"), 2)}
     assert not judge_trace(past, other, random.Random(0))[1]
     assert judge_trace(past, other, random.Random(0), reasoning=False) == ("<answer>no</answer>", False)
+
+def test_features_are_attributes_as_shown_and_words_that_tell_items_apart(toy):
+    items = {n: Item(n, title, {"kind": ("All", "Nails", "Polish")}) for n, title in (
+        ("a", "OPI red lacquer 5 oz"), ("b", "Red lipstick"), *((f"c{n}", f"thing {n}") for n in range(40)))}
+    words = telling_words(data.Dataset("shop", items))
+    assert words == {"red"}  # `thing` is everywhere, `lacquer` is met once
+    assert features(items["a"], words) == [("kind", "Nails"), ("kind", "Polish"), ("word", "red")]
+    assert not telling_words(toy)
 
 def test_the_teacher_looks_up_at_random_and_truly(toy):
     """Two of four attributes, each as often; the share of those that matter is what RL shall raise."""
