@@ -38,7 +38,7 @@ from data import InputError
 
 SHARE_PREFIX = True      # False: every row carries its whole prompt; for tests and the bench
 MAX_ROWS = 320           # rows of a `generate` call (at least one list): bounds the memory of its cache
-COMPILE_DECODING = False  # True: on a GPU `generate` compiles the decoding step, anew for new shapes
+COMPILE_DECODING = False  # True: on a GPU `generate` compiles the decoding step; tests/gpu.py measures it
 CHUNK_ELEMENTS = 2**24   # logits held at once: 64 MB in float32, whatever the vocabulary
 CLIP = 0.2               # PPO's epsilon; it acts from the second update on a rollout on
 MARK = "\u241e"          # stands for the user's text while a template is rendered; no template writes it
@@ -207,18 +207,13 @@ def _prefill(model, rollout, first, room):
         layers[-1].update(*(x.repeat_interleave(G, 0) for x in pair))
     return ids, mask, Cache(layers=layers)
 
-def _keep_state(module, args, output):
-    module.last_state = output.last_hidden_state[:, -1]
+class _EndedBefore(transformers.StoppingCriteria):
+    """A row may stop one token after its end: by then the model has read that end, and its state is known."""
 
-class _AfterEachToken(transformers.StoppingCriteria):
-    """Collects the states, outside of what may be compiled, where a list that grows would be a new program.
-    A row may stop one token after its end: by then the model has read that end, and its state is known."""
-
-    def __init__(self, module, start, stops):
-        self.module, self.start, self.stops, self.states = module, start, stops, []
+    def __init__(self, start, stops):
+        self.start, self.stops = start, stops
 
     def __call__(self, input_ids, scores, **kwargs):
-        self.states.append(self.module.last_state.clone())
         return torch.isin(input_ids[:, self.start:-1], self.stops).any(1)
 
 def _generate(model, ids, mask, cache, stops, sampling):
@@ -227,21 +222,22 @@ def _generate(model, ids, mask, cache, stops, sampling):
         "do_sample": True, "temperature": sampling.temperature, "top_p": 1.0, "top_k": 0}
     config = GenerationConfig(max_new_tokens=sampling.max_new_tokens + 1, pad_token_id=stops[0],
                               use_cache=True, disable_compile=not COMPILE_DECODING, **settings)
-    after = _AfterEachToken(model.base_model, ids.shape[1], torch.tensor(stops, device=model.device))
-    published, was_training = model.generation_config, model.training
-    hook = model.base_model.register_forward_hook(_keep_state)
+    ended = _EndedBefore(ids.shape[1], torch.tensor(stops, device=model.device))
+    states, published, was_training = [], model.generation_config, model.training
+    keep = torch.compiler.disable(  # a list that grows would be another program at every token
+        lambda module, args, output: states.append(output.last_hidden_state[:, -1].clone()))
+    hook = model.base_model.register_forward_hook(keep)
     try:
         # What a config leaves open, generate takes from the model's own: that one is put aside (choice 3).
         model.generation_config = GenerationConfig()
         model.eval()  # in train mode with gradient checkpointing, generate gives garbage with only a warning
-        tokens = model.generate(ids, attention_mask=mask, generation_config=config, stopping_criteria=[after],
+        tokens = model.generate(ids, attention_mask=mask, generation_config=config, stopping_criteria=[ended],
                                 **_as_argument(model, cache))
     finally:
         hook.remove()
-        vars(model.base_model).pop("last_state", None)
         model.generation_config = published
         model.train(was_training)
-    return tokens, after.states
+    return tokens, states
 
 def _as_argument(model, cache):
     """The cache under the name that this version of transformers has for it."""

@@ -1,6 +1,7 @@
 """One RL step of R2Rank, timed: with the shared prefix, without it, and by TRL's GRPOTrainer.
 
     python tests/bench.py --model DIR --data beauty --arms shared,plain,trl --repeats 3 --out bench.json
+    python tests/bench.py gpu --model DIR --data beauty --minutes 8      all there is to do on a GPU: gpu.py
 
 All arms do the same work: the prompts of one list, G rationales of exactly --new-tokens tokens for each
 candidate, token-level clipped loss, AdamW. They take turns in one process, so that a busy machine is busy for
@@ -10,6 +11,7 @@ that the passes need (an update as three forward passes; no padding) a second, o
 
 import argparse
 import copy
+import itertools
 import json
 import statistics
 import sys
@@ -125,20 +127,25 @@ def trl_step(s, args):
     adamw.zero_grad()
     return clock["sampled"] - clock["started"], clock["ended"] - clock["started"]
 
-def measure(args):
-    """{"peak_flops", "arms": {arm: {"rollout", "update", "step": [seconds], "memory_gb", "of_peak"}}}."""
+def prepare(args, count=1):
+    """What a step needs: model, tokenizer, head, optimizer, and `count` lists with long histories."""
     dataset = data.load(args.data)
     texts = dataset.texts() + [r2r.SYSTEM, r2r.QUESTION]
     model, tokenizer = policy.load(args.model, args.device, getattr(torch, args.dtype), texts)
-    target = next(t for t in dataset.targets("train") if t[1] >= args.history_length)
-    example = dataset.example(target, args.num_candidates, args.history_length)
+    long = (t for t in dataset.targets("train") if t[1] >= args.history_length)
+    examples = [dataset.example(target, args.num_candidates, args.history_length)
+                for target in itertools.islice(long, count)]
+    prompts = [r2r.build_prompt(tokenizer, e.history, e.candidates) for e in examples]
     head = r2r.ScoreHead(model.config.get_text_config().hidden_size).to(args.device)
     never = [len(tokenizer) + 10**6]  # no token ends a response: all arms sample as many
     policy.stop_ids = lambda model, tokenizer: never
-    s = {"model": model, "tokenizer": tokenizer, "head": head, "example": example, "never": never,
-         "optimizer": Optimizer([(model.parameters(), 1e-6), (head.parameters(), 1e-6)]),
-         "prompt": r2r.build_prompt(tokenizer, example.history, example.candidates)}
-    model.train()
+    return {"model": model, "tokenizer": tokenizer, "head": head, "example": examples[0], "never": never,
+            "prompt": prompts[0], "prompts": prompts,
+            "optimizer": Optimizer([(model.parameters(), 1e-6), (head.parameters(), 1e-6)])}
+
+def measure(args, s):
+    """{"peak_flops", "arms": {arm: {"rollout", "update", "step": [seconds], "memory_gb", "of_peak"}}}."""
+    model = s["model"].train()
     report = {"peak_flops": [], "prefix": len(s["prompt"].prefix_ids), "arms": {},
               "suffix": max(map(len, s["prompt"].suffix_ids))}
     for turn in range(args.repeats + 1):
@@ -162,6 +169,12 @@ def measure(args):
                           for name, f in zip(("rollout", "update"), flops)}
     return report
 
+def complete(args):
+    """Give the flags of a step what r2r.train_step reads beside them."""
+    vars(args).update(no_reasoning=False, max_new_tokens=args.new_tokens, temperature=1.0, kl_coef=0.0,
+                      ppo_epochs=1, pl="exact", credit="item", score_gradient="all", token_weight=1.0)
+    return args
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -170,10 +183,8 @@ def main():
                           "history-length": 10, "group-size": 4, "new-tokens": 48, "micro-batch": 4}.items():
         parser.add_argument(f"--{name}", default=default, type=type(default))
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    vars(args).update(no_reasoning=False, max_new_tokens=args.new_tokens, temperature=1.0, kl_coef=0.0,
-                      ppo_epochs=1, pl="exact", credit="item", score_gradient="all", token_weight=1.0)
-    report = measure(args)
+    args = complete(parser.parse_args())
+    report = measure(args, prepare(args))
     print(f"matmul peak {statistics.median(report['peak_flops']) / 1e9:.0f} GFLOP/s, prefix "
           f"{report['prefix']} tokens, suffix {report['suffix']}")
     print(f"{'':8} {'rollout':>8} {'update':>8} {'step':>8} {'of peak':>14} {'GB':>6}")
@@ -188,4 +199,7 @@ def main():
         args.out.write_text(json.dumps({"flags": flags} | report, indent=1) + "\n")
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["gpu"]:
+        import gpu
+        sys.exit(gpu.main(sys.argv[2:]))
     main()

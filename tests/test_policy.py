@@ -146,6 +146,14 @@ def test_what_is_sampled_is_what_is_scored(model, tokenizer, rollout, max_rows, 
         torch.testing.assert_close(sampled.hidden[n], hidden, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(logprobs[n, :len(response)], want, atol=1e-5, rtol=0)
 
+def test_lists_in_one_call_get_the_tokens_of_a_call_each(model, tokenizer, rollout, monkeypatch):
+    sampling = policy.Sampling(7, greedy=True)
+    together = policy.sample_rows(model, tokenizer, rollout.prompts, 2, sampling)
+    monkeypatch.setattr(policy, "MAX_ROWS", 1)
+    alone = policy.sample_rows(model, tokenizer, rollout.prompts, 2, sampling)
+    assert together.responses == alone.responses
+    torch.testing.assert_close(together.hidden, alone.hidden, atol=1e-5, rtol=1e-5)
+
 HOSTILE = dict(do_sample=True, temperature=0.2, top_p=0.5, top_k=3, repetition_penalty=1.8, typical_p=0.7,
                no_repeat_ngram_size=2, min_new_tokens=4, suppress_tokens=[10, 11], min_p=0.1, num_beams=2,
                forced_eos_token_id=5, encoder_repetition_penalty=1.2, bad_words_ids=[[7]])
