@@ -201,5 +201,6 @@ def main():
 if __name__ == "__main__":
     if sys.argv[1:2] == ["gpu"]:
         import gpu
-        sys.exit(gpu.main(sys.argv[2:]))
-    main()
+        gpu.main(sys.argv[2:])
+    else:
+        main()

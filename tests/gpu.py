@@ -1,9 +1,9 @@
-"""What only a GPU can show, in one command, which may be killed at any moment; called again, it goes on.
+"""What only a GPU can show, in one command, which may be killed at any moment.
 
     python tests/bench.py gpu --model DIR --data DIR --minutes 8 --out gpu-bench
 
 OUT/gpu.json is written anew after each part. Checks end after a quarter of the time, measures after 60%; the
-rest trains R2Rank in OUT/run. Flags that are not listed go to train.py.
+rest trains R2Rank in OUT/run, or goes on with the run there. Flags that are not listed go to train.py.
 """
 
 import argparse
@@ -41,12 +41,7 @@ class Report:
     def __init__(self, out, flags, seconds):
         self.path, self.begun, self.seconds = out / "gpu.json", time.time(), seconds
         out.mkdir(parents=True, exist_ok=True)
-        self.content = {"flags": flags, "finished": [], "parts": {}}
-        if self.path.exists():  # what an earlier call finished is not done again
-            self.content = json.loads(self.path.read_text())
-        if self.content["flags"] != flags:
-            sys.exit(f"{self.path} is of other flags, versions or another device: choose another --out")
-        self.parts = self.content["parts"]
+        self.parts, self.content = {}, {"flags": flags}
 
     def left(self, share=1.0):
         return self.begun + share * self.seconds - time.time()
@@ -54,13 +49,11 @@ class Report:
     def write(self):
         """Under another name, then renamed: whenever the process is killed, the file is whole."""
         new = self.path.with_suffix(".tmp")
-        new.write_text(json.dumps(self.content, indent=1) + "\n")
+        new.write_text(json.dumps(self.content | {"parts": self.parts}, indent=1) + "\n")
         new.replace(self.path)
 
     def part(self, name, share, function, *args):
         """function(row, *args) fills the row, until that share of the time is over."""
-        if name in self.content["finished"]:
-            return
         row, begun, left = {}, time.time(), self.left(share)
         self.parts[name] = row
         settings = policy.SHARE_PREFIX, policy.MAX_ROWS, policy.COMPILE_DECODING
@@ -75,8 +68,6 @@ class Report:
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
         policy.SHARE_PREFIX, policy.MAX_ROWS, policy.COMPILE_DECODING = settings
-        if "error" not in row:
-            self.content["finished"].append(name)
         row["seconds"] = time.time() - begun
         self.write()
         print(f"{name}: {json.dumps(row)}", flush=True)
@@ -196,15 +187,12 @@ def bandwidth(device):
 
 def decoding_bytes(model, prompt, args):
     """What decoding must read: all weights once a token, and each row's keys and values."""
-    config, table = model.config.get_text_config(), model.get_input_embeddings().weight
-    total = sum(p.numel() for p in model.parameters())
-    if table is not model.get_output_embeddings().weight:
-        total -= table.numel()  # only some of its rows are read
+    config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    tokens = sum(len(prompt.prefix_ids) + len(x) + args.new_tokens / 2 for x in prompt.suffix_ids)
-    total += 2 * heads * width * config.num_hidden_layers * tokens * args.group_size
-    return args.new_tokens * model.dtype.itemsize * total
+    read = sum(len(prompt.prefix_ids) + len(x) + args.new_tokens / 2 for x in prompt.suffix_ids)
+    kept = 2 * heads * width * config.num_hidden_layers * read * args.group_size
+    return args.new_tokens * model.dtype.itemsize * (sum(p.numel() for p in model.parameters()) + kept)
 
 def ready(s, args):
     """Load what the measures share, once."""
@@ -262,15 +250,15 @@ def compiled(row, args, s):
 
 def plan(row, args, report):
     """Flags of a run that ends in time, by what a list's step took (10 s where that is not known)."""
-    parts, B, left = report.parts, args.batch_lists, 0.9 * report.left()
-    one = parts["step shared"]
-    rollout = parts["rollouts"].get(str(B), {"seconds": B * one.get("rollout", 5)})["seconds"] / B
-    step = B * (rollout + one.get("update", 5))
-    lists = max(2, min(100, int(0.2 * left / (3 * rollout))))  # each is evaluated three times
-    left -= (3 * lists + 2 * B) * rollout + parts["resume"].get("begins_after", 20)  # two batches warm up
+    one, B = report.parts["step shared"], args.batch_lists
+    rollout, update = one.get("rollout", 5), one.get("update", 5)
     saving = one.get("state_gb", 0)  # seconds, at 1 GB/s
-    between = max(60, 10 * saving)
-    row.update(steps=max(1, int((left - 3 * saving) / (step * (1 + saving / between)))), eval_lists=lists,
+    left = 0.9 * report.left() - report.parts["resume"].get("begins_after", 20)
+    lists = max(2, min(100, int(0.2 * left / (3 * rollout))))  # each is evaluated three times
+    left -= (3 * lists + 2 * B) * rollout + 3 * saving  # two batches warm up
+    between = max(60, 10 * saving)  # from state to state
+    step = B * (rollout + update)
+    row.update(steps=max(1, int(left / (step * (1 + saving / between)))), eval_lists=lists,
                save_every=math.ceil(between / step))
     return ["--steps", row["steps"], "--eval-lists", lists, "--save-every", row["save_every"],
             "--batch-lists", B, "--group-size", args.group_size, "--num-candidates", args.num_candidates,
@@ -280,17 +268,15 @@ def plan(row, args, report):
 def training(row, args, report):
     """R2Rank by train.py, anew or from the state of an earlier call, until it ends or the time is over."""
     run = args.out / "run"
-    if not (run / "result.json").exists():
-        flags = ["--resume", run]
-        if not (run / "state.pt").exists():
-            shutil.rmtree(run, ignore_errors=True)
-            flags = ["--out", run, *plan(row, args, report)]
-        report.write()
-        code = train(args, "train.log", flags, lambda: report.left() < 2)
-        if code:
-            row["error"] = "the time was over" if code < 0 else "train.py failed; see train.log"
+    flags = ["--resume", run]
+    if not (run / "state.pt").exists():
+        shutil.rmtree(run, ignore_errors=True)
+        flags = ["--out", run, *plan(row, args, report)]
+    code = train(args, "train.log", flags, lambda: report.left() < 2)
     row["last_step"] = last_step(run)
-    if (run / "result.json").exists():
+    if code:
+        row["error"] = "the time was over" if code < 0 else "train.py failed; see train.log"
+    else:
         systems = json.loads((run / "result.json").read_text())["systems"]
         row["ndcg@10"] = {name: found["ndcg@10"] for name, found in systems.items()}
 
@@ -315,7 +301,8 @@ def main(argv):
     args, s = parse(argv), {}
     if args.device != "cpu" and not torch.cuda.is_available():
         sys.exit("there is no GPU here; --device cpu tries this command out")
-    flags = {k: v for k, v in vars(args).items() if k not in ("minutes", "out")}
+    flags = {k: Path(v).name if k in ("model", "data") else v for k, v in vars(args).items()
+             if k not in ("out", "to_train")}
     flags["device"] = "cpu" if args.device == "cpu" else torch.cuda.get_device_name()
     flags["versions"] = [torch.__version__, transformers.__version__]
     few = {"num_candidates": min(6, args.num_candidates), "group_size": 2,
@@ -323,13 +310,9 @@ def main(argv):
     report = Report(args.out, flags, 60 * args.minutes)
     report.part("passes", CHECKS / 2, passes, SimpleNamespace(**vars(args) | few))
     report.part("resume", CHECKS, resume, args)
-    report.part("step shared", MEASURES, step, args, s, "shared")
-    report.part("rollouts", MEASURES, rollouts, args, s)
-    report.part("step plain", MEASURES, step, args, s, "plain")
-    report.part("compiled", MEASURES, compiled, args, s)
-    report.part("step trl", MEASURES, step, args, s, "trl")
+    for name, function, *more in (
+            ("step shared", step, "shared"), ("rollouts", rollouts), ("step plain", step, "plain"),
+            ("compiled", compiled), ("step trl", step, "trl")):
+        report.part(name, MEASURES, function, args, s, *more)
     s.clear()  # the run needs the memory
-    gc.collect()
-    torch.cuda.empty_cache()
     report.part("training", 1.0, training, args, report)
-    return int(any(row.get("ok") is False for row in report.parts.values()))
