@@ -6,7 +6,6 @@ import os
 import random
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ import torch
 import policy
 import train
 from extras import models, parallel
-from extras.flags import parse_train_flags
 from extras.parallel import Optimizer
 from runs import METHODS, fork, main, metrics, same  # noqa: F401
 
@@ -55,18 +53,6 @@ def main_with_fixed_responses(path, *flags):
     main(*flags)
     torch.save(updates, f"{path}.{parallel.rank()}")
 
-def sums_and_shares(path):
-    """Four parameters: a gradient in both processes, in one, in the other, in none."""
-    parallel.start_processes(parse_train_flags(["--device", "cpu"]))
-    rank = parallel.rank()
-    weights = [torch.nn.Parameter(torch.zeros(n, 2)) for n in (1, 2, 3, 4)]
-    optimizer = Optimizer([(weights, 1.0)])
-    for p in weights[:2] if rank == 0 else weights[::2]:
-        (p.sum() * (1 + rank)).backward()
-    shares = [parallel.my_share(list(range(n))) for n in range(6)]
-    found = [optimizer.step(), shares, [parallel.gather(s) for s in shares], optimizer.sum({"n": rank + 1})]
-    Path(f"{path}.{rank}").write_text(json.dumps(found))
-
 @pytest.mark.parametrize("method, more", [
     ("r2rank", ""), ("r2rank", "--sft-steps 0 --warmup-steps 0 --batch-lists 1 --eval-lists 1"),
     ("rerec", ""), ("rerec", "--sft-steps 0 --kl-coef 0 --batch-lists 1")])
@@ -82,6 +68,8 @@ def test_two_processes_compute_what_one_does(fork, tmp_path, method, more):
         assert a.pop("clipped", 0) == pytest.approx(b.pop("clipped", 0), abs=0.02)
         assert a.pop("utility", None) == pytest.approx(b.pop("utility", None), abs=1e-3)
         assert a == pytest.approx(b, abs=2e-4, rel=2e-3)
+    found, again = (json.loads((tmp_path / f"r{n}/eval.json").read_text())["values"] for n in (1, 2))
+    assert found == {name: pytest.approx(values) for name, values in again.items()}  # list by list
     one, two, other = (torch.load(tmp_path / name) for name in ("u1.0", "u2.0", "u2.1"))
     assert len(one) == len(two) == len(other) >= 3
     for (_, first), (_, second) in zip(two, other):  # the processes stay together, to the last bit
@@ -93,16 +81,6 @@ def test_two_processes_compute_what_one_does(fork, tmp_path, method, more):
         for w, v in zip(one[n][1], two[n][1]):
             # the head's last bias shifts all scores alike: its gradient is rounding, which Adam makes a step
             assert n or w.shape == (1,) or torch.allclose(w, v, atol=2e-5, rtol=0)
-
-def test_sums_and_shares(fork, tmp_path):
-    codes, printed = fork("test_parallel.sums_and_shares", tmp_path / "found", world=2)
-    assert codes == [0, 0], printed
-    found = [json.loads((tmp_path / f"found.{rank}").read_text()) for rank in (0, 1)]
-    for norm, _, gathered, total in found:
-        assert norm == pytest.approx(math.sqrt(2 * 3**2 + 4 * 1**2 + 6 * 2**2))
-        assert gathered == [list(range(n)) for n in range(6)] and total == {"n": 3}
-    for n, (a, b) in enumerate(zip(found[0][1], found[1][1])):
-        assert a + b == list(range(n)) and abs(len(a) - len(b)) <= 1
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_of_two_processes_goes_on(fork, tmp_path, method):
