@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -42,16 +43,20 @@ def peak_memory(device):
     lines = status.read_text().splitlines() if status.exists() else []
     return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM")), 0.0)
 
-def matmul_peak(device, dtype, repeats=8):
+def rate(amount, work):
+    """Amount a second of work(), which gives a number: reading it waits for the device."""
+    rates = []
+    for _ in range(8):
+        started = time.perf_counter()
+        work().item()
+        rates.append(amount / (time.perf_counter() - started))
+    return statistics.median(rates)
+
+def matmul_peak(device, dtype):
     """FLOP/s of a large square matrix product."""
     n = 8192 if device.startswith("cuda") else 1536
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    rates = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        (a @ b).sum().item()  # waits for the device
-        rates.append(2 * n**3 / (time.perf_counter() - started))
-    return statistics.median(rates)
+    return rate(2 * n**3, lambda: (a @ b).sum())
 
 def forward_flops(model, lengths, predicted):
     """FLOPs of a forward pass. lengths: [(tokens, tokens before them)]; predicted: positions with logits."""
@@ -156,8 +161,7 @@ def measure(args, s):
             reset_peak(args.device)
             rollout, step = trl_step(s, args) if arm == "trl" else our_step(s, args, arm == "shared")
             if turn:
-                empty = {"rollout": [], "update": [], "step": [], "memory_gb": []}
-                row = report["arms"].setdefault(arm, empty)
+                row = report["arms"].setdefault(arm, defaultdict(list))
                 for name, value in (("rollout", rollout), ("update", step - rollout), ("step", step),
                                     ("memory_gb", peak_memory(args.device))):
                     row[name].append(value)

@@ -13,13 +13,6 @@ import data
 import policy
 import r2r
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: some twenty model families; run with R2RANK_SLOW=1")
-
-def pytest_runtest_setup(item):
-    if item.get_closest_marker("slow") and os.environ.get("R2RANK_SLOW") != "1":
-        pytest.skip("slow: set R2RANK_SLOW=1")
-
 @pytest.fixture(autouse=True)
 def seeded():
     """Each test draws the same numbers every time, alone or after others."""

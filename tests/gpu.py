@@ -9,7 +9,6 @@ rest trains R2Rank in OUT/run, or goes on with the run there. Flags that are not
 import argparse
 import ctypes
 import gc
-import importlib.util
 import json
 import math
 import os
@@ -177,13 +176,8 @@ def resume(row, args):
 
 def bandwidth(device):
     """Bytes a second of reading and writing a large tensor."""
-    x, times = torch.zeros(2**28 if device.startswith("cuda") else 2**25, device=device), []
-    for _ in range(10):
-        begun = time.perf_counter()
-        x.add_(1)
-        x[:1].item()  # waits for the device
-        times.append(time.perf_counter() - begun)
-    return 8 * x.numel() / statistics.median(times)
+    x = torch.zeros(2**28 if device.startswith("cuda") else 2**25, device=device)
+    return bench.rate(8 * x.numel(), lambda: x.add_(1)[0])
 
 def decoding_bytes(model, prompt, args):
     """What decoding must read: all weights once a token, and each row's keys and values."""
@@ -194,16 +188,8 @@ def decoding_bytes(model, prompt, args):
     kept = 2 * heads * width * config.num_hidden_layers * read * args.group_size
     return args.new_tokens * model.dtype.itemsize * (sum(p.numel() for p in model.parameters()) + kept)
 
-def ready(s, args):
-    """Load what the measures share, once."""
-    s.update({} if s else bench.prepare(args, count=8))
-
 def step(row, args, s, arm):
     """One list's step: seconds, tokens a second, shares of the matmul peak and of the bandwidth, memory."""
-    if arm == "trl" and not importlib.util.find_spec("trl"):
-        row["skipped"] = "TRL is not installed"
-        return
-    ready(s, args)
     args.arms, args.repeats = arm, 2 if arm == "shared" else 1
     found = bench.measure(args, s)
     times = found["arms"][arm]
@@ -225,7 +211,6 @@ def timed(s, args, lists):
 
 def rollouts(row, args, s):
     """Several lists in one `generate` call: is decoding bound by latency, or by rows?"""
-    ready(s, args)
     policy.MAX_ROWS = 10**6
     for lists in (1, 1, 2, 4, 8):  # the first warms up
         bench.reset_peak(args.device)
@@ -238,7 +223,6 @@ def compiled(row, args, s):
     if args.device == "cpu":
         row["skipped"] = "generate compiles on a GPU only"
         return
-    ready(s, args)
     greedy = []
     for policy.COMPILE_DECODING in (False, True):
         times = [timed(s, args, slice(n, n + 1))[1] for n in (0, 0, 0, 1, 2, 3)]
@@ -310,6 +294,7 @@ def main(argv):
     report = Report(args.out, flags, 60 * args.minutes)
     report.part("passes", CHECKS / 2, passes, SimpleNamespace(**vars(args) | few))
     report.part("resume", CHECKS, resume, args)
+    report.part("prepare", MEASURES, lambda row: s.update(bench.prepare(args, count=8)))
     for name, function, *more in (
             ("step shared", step, "shared"), ("rollouts", rollouts), ("step plain", step, "plain"),
             ("compiled", compiled), ("step trl", step, "trl")):

@@ -1,5 +1,6 @@
 """Which models work: tiny random ones of many families, their dropout, loading, adapters, refusals."""
 
+import os
 import sys
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import policy
 from data import InputError
 from extras.models import add_adapters, check_model, check_width, checkpoint_activations, prepare, resolve
 from steps import plain_row
+from test_policy import gradients
 
 COMMON = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
           "num_key_value_heads": 2, "max_position_embeddings": 256, "eos_token_id": 2, "pad_token_id": 0}
@@ -34,7 +36,8 @@ OTHERS = {  # refused, or as right as the others: which of the two may change wi
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32}, "mamba": {"state_size": 4},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "block_ff_dim": 48},
     "jamba": {**EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1}}
-FAMILIES = [pytest.param(name, settings, works, marks=[] if name == "llama" else pytest.mark.slow)
+SLOW = pytest.mark.skipif(os.environ.get("R2RANK_SLOW") != "1", reason="slow: set R2RANK_SLOW=1")
+FAMILIES = [pytest.param(name, settings, works, marks=[] if name == "llama" else SLOW)
             for works, families in ((True, WORKING), (False, OTHERS)) for name, settings in families.items()]
 
 def build(name, settings, vocab_size):
@@ -51,20 +54,11 @@ def differences(model, tokenizer, lengths=((9, 3, 6), (23, 2, 5, 1)), new=7):
     draws = [[torch.randint(3, len(tokenizer), (n,)).tolist() for n in sizes] for sizes in lengths]
     prompts = [policy.Prompt(draw[0], draw[1:]) for draw in draws]
     rollout = policy.sample_rows(model, tokenizer, prompts, 2, policy.Sampling(new))
-    found = [plain_row(model.eval(), rollout, n)[:2] for n in range(len(rollout.owner))]
-    want = torch.nn.utils.rnn.pad_sequence([x for x, _ in found], batch_first=True)
-    states, weights = torch.stack([h for _, h in found]), torch.linspace(-1, 1, len(found))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    loss = (weights * (want.sum(-1) + states.tanh().sum(-1))).sum()
-    expected = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
-    model.zero_grad()
-    logprobs = torch.zeros_like(want)
-    for rows, some, mask, hidden in policy.micro_batches(model.train(), rollout, 6):
-        logprobs[rows, :some.shape[1]] = some.detach()
-        (weights[rows] * (some.sum(-1) + hidden.tanh().sum(-1))).sum().backward()
-    got = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-    gradients = [torch.nn.utils.parameters_to_vector(x) for x in (got, expected)]
-    pairs = (rollout.hidden, states), (logprobs, want), gradients
+    rows, states, _ = zip(*(plain_row(model.eval(), rollout, n) for n in range(len(rollout.owner))))
+    want, expected = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), gradients(model, rollout)
+    logprobs, _ = policy.all_logprobs(model.train(), rollout, 6)
+    pairs = ((rollout.hidden, torch.stack(states)), (logprobs, want),
+             (gradients(model, rollout, 6), expected))
     return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
 
 @pytest.mark.parametrize("name, settings, works", FAMILIES)

@@ -60,6 +60,13 @@ def test_exact_value_and_gradient_against_enumeration(relevance, scale, k):
     assert got.item() == pytest.approx(want.item(), abs=1e-6)
     torch.testing.assert_close(gradient_of(got, scores), gradient_of(want, scores), atol=1e-6, rtol=1e-5)
 
+def test_exact_value_of_a_long_list_is_the_mean_over_sampled_rankings():
+    scores, relevance = random_scores(20, 1.5), torch.arange(20.0) % 4
+    orders = r2r.pl_sample(scores, 20000, torch.Generator().manual_seed(0))
+    drawn = r2r.permutation_ndcg(orders, relevance).double()
+    error = drawn.std() / len(drawn) ** 0.5
+    assert (drawn.mean() - r2r.expected_ndcg(scores, relevance, 10)).abs() < 4 * error < 0.01
+
 def test_large_gaps_stay_finite_and_no_relevant_candidate_is_worth_nothing():
     scores = torch.tensor([[1000.0, -1000.0, 0.0, 60.0], [0.0, 1.0, 2.0, 3.0]], requires_grad=True)
     orders, nothing = torch.tensor([[0, 2, 1, 3], [1, 2, 0, 3]]), torch.zeros(4)

@@ -26,18 +26,19 @@ def rollout(model_and_tokenizer, toy):
     assert len(set(map(len, found.prefixes))) == 2 and len(set(map(len, found.suffixes))) > 1
     return found
 
-WEIGHTS = torch.linspace(-1, 1, 10)  # of each row: a gradient sent to the wrong row does not go unnoticed
-
 def gradients(model, rollout, size=None):
-    """Of all that is computed of the rows: in micro-batches, or (no size) by each row's plain forward."""
+    """Of all that is computed of the rows: in micro-batches, or (no size) by each row's plain forward. Each
+    row has a weight of its own, so that a gradient sent to the wrong one does not go unnoticed."""
     model.zero_grad()
-    batches = (([n], *plain_row(model, rollout, n)) for n in range(10))
+    weights = torch.linspace(-1, 1, len(rollout.owner))
+    batches = (([n], *plain_row(model, rollout, n)) for n in range(len(rollout.owner)))
     if size:
         found = policy.micro_batches(model, rollout, size, entropy=True)
         batches = ((rows, logprobs, hidden, entropy) for rows, logprobs, _, hidden, entropy in found)
     for rows, logprobs, hidden, entropy in batches:
-        (WEIGHTS[rows] * (logprobs.sum(-1) + entropy.sum(-1) + hidden.tanh().sum(-1))).sum().backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
+        (weights[rows] * (logprobs.sum(-1) + entropy.sum(-1) + hidden.tanh().sum(-1))).sum().backward()
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+                      for p in model.parameters() if p.requires_grad])
 
 # --- prompts as ids ---
 
@@ -183,8 +184,7 @@ def test_sampling_happens_in_eval_mode_and_restores_the_mode(model, tokenizer, r
 
 # --- how far a model looks back ---
 
-@pytest.mark.parametrize("limit", ["max_position_embeddings", "sliding_window"])
-def test_rows_wider_than_the_models_reach_are_refused(model, tokenizer, rollout, limit, monkeypatch):
+def test_rows_wider_than_the_models_reach_are_refused(model, tokenizer, rollout, monkeypatch):
     """The longest prefix and the longest suffix count together, though no row has both."""
     new = 5 + 1  # a row is fed one token beyond its end
     prompts = [policy.Prompt(rollout.prefixes[0], rollout.prompts[0].suffix_ids[1:2]),
@@ -193,20 +193,16 @@ def test_rows_wider_than_the_models_reach_are_refused(model, tokenizer, rollout,
     padded = max(len(p.prefix_ids) for p in prompts) + max(len(p.suffix_ids[0]) for p in prompts) + new
     assert alone < padded
 
-    def draw(reach, max_rows=320):
-        monkeypatch.setattr(model.config, limit, reach, raising=False)
+    for max_rows, reach in ((320, padded), (1, alone)):  # both lists in a call, and a call a list
         monkeypatch.setattr(policy, "MAX_ROWS", max_rows)
-        return policy.sample_rows(model, tokenizer, prompts, 1, policy.Sampling(5))
-
-    sampled = draw(padded)
-    with pytest.raises(InputError, match=f"{padded} tokens.*{limit} of {padded - 1}"):
-        draw(padded - 1)
-    assert len(draw(alone, max_rows=1).responses) == 2  # a call a list
-    with pytest.raises(InputError, match=f"{alone} tokens.*{limit} of {alone - 1}"):
-        draw(alone - 1, max_rows=1)
+        monkeypatch.setattr(model.config, "max_position_embeddings", reach)
+        sampled = policy.sample_rows(model, tokenizer, prompts, 1, policy.Sampling(5))
+        monkeypatch.setattr(model.config, "max_position_embeddings", reach - 1)
+        with pytest.raises(InputError, match=f"{reach} tokens.*max_position_embeddings of {reach - 1}"):
+            policy.sample_rows(model, tokenizer, prompts, 1, policy.Sampling(5))
     policy.all_logprobs(model, sampled, size=1)
-    monkeypatch.setattr(model.config, limit, alone - new)
-    with pytest.raises(InputError, match=limit):
+    monkeypatch.setattr(model.config, "max_position_embeddings", alone - new)
+    with pytest.raises(InputError, match="max_position_embeddings"):
         policy.all_logprobs(model, sampled, size=100)
 
 # --- losses ---

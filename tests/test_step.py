@@ -158,19 +158,6 @@ def test_what_must_not_change_a_step(case, monkeypatch):
         for name in metrics.keys() - {"seconds", "seconds_sample"}:
             assert again[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-4), name
 
-def test_what_has_no_signal_is_skipped_unless_it_pays_its_kl(case, monkeypatch):
-    """A list without a relevant candidate; a request whose responses are all alike."""
-    replay(monkeypatch, case.rollout)
-    items, every, alive = case.items, len(case.rollout.owner), 8
-    if case.head:
-        items, alive = [replace(items[0], relevance=[0.0] * 4), items[1]], 9
-    seen, original = [], policy.row_logprobs
-    monkeypatch.setattr(policy, "row_logprobs", lambda *rest: (seen.extend(rest[2]), original(*rest))[1])
-    for kl_coef, rows in ((0.0, alive), (0.1, 2 * every)):  # once more for the reference
-        seen.clear()
-        take_step(case, flags(case, kl_coef=kl_coef), items, case.model)
-        assert len(seen) == every + rows  # all in sampling, as `replay` does it
-
 @pytest.mark.parametrize("method", ["rerec"])
 def test_judging_a_rollout(case):
     """A query's tokens have mean 0 and deviation 1; a paragraph that names the wrong item has less."""
@@ -183,12 +170,13 @@ def test_judging_a_rollout(case):
         right, wrong, unboxed, _ = rows
         assert right[0] > wrong[-1] > wrong[0] > unboxed[0]
 
-def test_a_list_that_is_ranked_right_with_certainty_teaches_nothing(rationales):
+def test_lists_ranked_right_with_certainty_or_without_a_relevant_candidate_teach_nothing(rationales):
     """One of equal scores for all rationales does."""
-    certain = torch.tensor([-200.0, 200, -200, -200]).repeat_interleave(3)
-    scores = torch.cat([certain, torch.tensor([1.0, 0, 0.5]).repeat_interleave(3)])
-    _, advantages, _, alive = r2r.learning_signal(rationales, scores, list(map(torch.tensor, RELEVANCE)), 2)
-    assert alive == [1] and not advantages[:12].any()
+    for first, relevance in (([-200.0, 200, -200, -200], RELEVANCE[0]), ([0.5, 2.0, 0, 1], [0.0] * 4)):
+        scores = torch.tensor([*first, 1.0, 0, 0.5]).repeat_interleave(3)
+        pair = torch.tensor(relevance), torch.tensor(RELEVANCE[1])
+        _, advantages, _, alive = r2r.learning_signal(rationales, scores, pair, 2)
+        assert alive == [1] and not advantages[:12].any()
 
 @pytest.mark.parametrize("method", ["r2rank"])
 def test_the_order_of_candidates_changes_nothing(case):

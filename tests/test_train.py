@@ -46,19 +46,12 @@ def test_the_same_seed_gives_the_same_run(tmp_path, tmp_path_factory):
     assert done.returncode == 0 and "runs/toy-tiny-2" in done.stdout, done.stderr
     same(tmp_path / "runs/toy-tiny-2", small_run("r2rank", tmp_path_factory).folder)
 
-def test_sampled_rankings_and_several_updates(tmp_path):
-    run_train(*SMALL, "--out", tmp_path, "--pl", "sample", "--credit", "list", "--kl-coef", "0.1",
-              "--ppo-epochs", "2", "--eval-samples", "2", "--score-gradient", "head")
-    rows = [r for r in metrics(tmp_path) if r["stage"] == "rl"]
-    assert len(rows) == 3 and all(r["kl"] > 0 for r in rows)  # the second update has left the reference
-    main("--run", tmp_path, "--out", tmp_path / "again", parse=parse_eval_flags, run=train.evaluation.main)
-    first, again = (json.loads((tmp_path / name).read_text()) for name in ("eval.json", "again"))
-    assert first["values"]["rl"] == again["values"]["rl"]  # also where rationales are sampled
-
 @pytest.mark.parametrize("method, module, more", [
-    ("r2rank", r2r, ""), ("rerec", rerec, "--query-kinds explicit,interest --personalized --no-curriculum")])
+    ("r2rank", r2r, "--pl sample --credit list --score-gradient head --eval-samples 2"),
+    ("rerec", rerec, "--query-kinds explicit,interest --personalized --no-curriculum")])
 def test_one_batch_in_bfloat16(tmp_path, monkeypatch, method, module, more):
-    """Each step sees the same lists; the checkpoint has the type that was trained. Kinds can be chosen."""
+    """With flags that other tests leave alone. Each step sees the same lists, the second update has left the
+    reference, the checkpoint has the type that was trained, and evaluated again it is as good."""
     seen, step = [], module.train_step
 
     def watched(model, tokenizer, third, lists, *rest):
@@ -67,11 +60,15 @@ def test_one_batch_in_bfloat16(tmp_path, monkeypatch, method, module, more):
 
     monkeypatch.setattr(module, "train_step", watched)
     run_train(*METHODS[method], "--out", tmp_path, "--dtype", "bfloat16", "--gradient-checkpointing",
-              "--overfit-one-batch", "--history-length", "4", *more.split())
+              "--overfit-one-batch", "--history-length", "4", "--kl-coef", "0.1", "--ppo-epochs", "2",
+              *more.split())
+    assert all(r["kl"] > 0 for r in metrics(tmp_path) if r["stage"] == "rl")
     assert len(seen) == 3 and len(seen[0]) == 2 and seen[0] == seen[1] == seen[2]
     assert json.loads((tmp_path / "checkpoint/config.json").read_text())["dtype"] == "bfloat16"
-    system = json.loads((tmp_path / "eval.json").read_text())["systems"]["rl"]
-    assert method == "r2rank" or set(system["by_kind"]) == {"explicit", "interest"}
+    main("--run", tmp_path, "--out", tmp_path / "again", parse=parse_eval_flags, run=train.evaluation.main)
+    first, again = (json.loads((tmp_path / name).read_text()) for name in ("eval.json", "again"))
+    assert first["values"]["rl"] == again["values"]["rl"]
+    assert method == "r2rank" or set(first["systems"]["rl"]["by_kind"]) == {"explicit", "interest"}
 
 def test_adapters_are_merged_at_the_end(tmp_path):
     """--lora: the base weights stay, resumed or not the run is the same, and nobody needs peft to open it."""
