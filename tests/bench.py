@@ -5,8 +5,8 @@
 
 All arms do the same work: the prompts of one list, G rationales of exactly --new-tokens tokens for each
 candidate, token-level clipped loss, AdamW. They take turns in one process, so that a busy machine is busy for
-all; the first turn, of `shared` alone, warms up. --slow-repeats: turns of the other arms. "of peak": FLOPs
-that the passes need (an update as three forward passes; no padding) a second, over a large matrix product's.
+all; the first turn, of `shared` alone, warms up; the others have one turn. "of peak": FLOPs that the passes
+need (an update as three forward passes; no padding) a second, over those of a large matrix product.
 """
 
 import argparse
@@ -156,7 +156,7 @@ def measure(args, s):
     for turn in range(args.repeats + 1):
         report["peak_flops"].append(matmul_peak(args.device, getattr(torch, args.dtype)))
         for arm in args.arms.split(","):
-            if arm != "shared" and not 0 < turn <= args.slow_repeats:  # they take minutes: no warm-up
+            if arm != "shared" and turn != 1:  # these take minutes
                 continue
             reset_peak(args.device)
             rollout, step = trl_step(s, args) if arm == "trl" else our_step(s, args, arm == "shared")
@@ -183,7 +183,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {"model": "tiny", "data": "toy", "device": "cpu", "dtype": "float32",
-                          "arms": "shared,plain", "repeats": 3, "slow-repeats": 1, "num-candidates": 20,
+                          "arms": "shared,plain", "repeats": 3, "num-candidates": 20,
                           "history-length": 10, "group-size": 4, "new-tokens": 48, "micro-batch": 4}.items():
         parser.add_argument(f"--{name}", default=default, type=type(default))
     parser.add_argument("--out", type=Path)

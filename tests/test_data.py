@@ -45,11 +45,8 @@ def error_of(folder, read=load, **options):
 def shop(tmp_path):
     """40 users, 60 items, real timestamps with ties, written in shuffled order."""
     rng = random.Random(0)
-    lines = []
-    for u in range(40):
-        for i in rng.sample(range(60), rng.randint(4, 15)):
-            when = 1_600_000_000 + 86400 * rng.randint(0, 60)
-            lines.append(f"u{u}\ti{i}\t{rng.randint(1, 5)}\t{when}\n")
+    lines = [f"u{u}\ti{i}\t{rng.randint(1, 5)}\t{1_600_000_000 + 86400 * rng.randint(0, 60)}\n"
+             for u in range(40) for i in rng.sample(range(60), rng.randint(4, 15))]
     rng.shuffle(lines)
     return write(tmp_path / "shop", inter=INTER + "".join(lines))
 
@@ -62,8 +59,6 @@ def test_history_lines_carry_age_and_rating(tmp_path):
         "1 year ago: Thing 0 (B, rated 1)", "1 month ago: Thing 1 (B, rated 2)",
         "5 days ago: Thing 2 (B, rated 3)", "1 day ago: Thing 3 (B, rated 4)"]
     assert data.describe(d.items["i4"]) == "Thing 4 (B)"
-
-# --- splits and lists ---------------------------------------------------------------------------------------
 
 def test_leave_one_out(shop):
     d = load(shop)
@@ -140,8 +135,6 @@ def test_core_is_a_fixed_point(tmp_path):
     assert list(d.items) == ["i1", "i2", "i3"]
     assert "lower it" in error_of(folder, core=4)
 
-# --- times and RecBole's other forms ------------------------------------------------------------------------
-
 def test_times_in_every_form_are_the_same_second():
     """Any moment from 1990 to 2100, in any unit or form, is read as that moment."""
     rng = random.Random(1)
@@ -184,8 +177,6 @@ def test_files_that_are_split_keep_their_split(tmp_path):
     assert d.splits == {"train": [("a", 1)], "validation": [("a", 2)], "test": [("a", 3), ("b", 1)]}
     assert "split already" in error_of(folder, core=2)
 
-# --- missing values, quotes, encodings ----------------------------------------------------------------------
-
 @pytest.mark.parametrize("nothing", ["nan", "NaN", "None", "NULL", "null", "<NA>", "N/A", "NA", "", " "])
 def test_missing_values_are_empty_and_missing_ids_are_bad(tmp_path, nothing):
     d = load(write(tmp_path / "s", ITEM + f"x\t{nothing}\t{nothing}\tA|{nothing}\ny\tY\tB\tC\n",
@@ -221,8 +212,6 @@ def test_clean_and_title_key():
     for one, other in (("Godfather, The (1972)", '"the  Godfather" (1972)'), ("L’Avare", "l'avare.")):
         assert data.title_key(one) == data.title_key(other)
     assert data.title_key("The Fly (1958)") != data.title_key("The Fly (1986)")
-
-# --- bad input, and lists as files --------------------------------------------------------------------------
 
 def test_other_bad_input(tmp_path, shop, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -281,8 +270,6 @@ def test_lists_that_are_wrong_are_named(tmp_path, change, words):
     (tmp_path / "l").write_text(json.dumps(good) + "\n\n" + json.dumps(good | change) + "\n")
     error = error_of(tmp_path / "l", data.read_lists, items={i: Item(i, i) for i in "abc"})
     assert all(w in error for w in ["line 3", *words]), error
-
-# --- public data sets ---------------------------------------------------------------------------------------
 
 def test_a_download_that_fails_names_url_and_place(tmp_path, monkeypatch):
     for url in (tmp_path.as_uri() + "/none/", "foo/", "http://[::1/"):  # no test waits for a network

@@ -109,9 +109,6 @@ def check_form(report, systems, metrics, printed):
         assert all(found[m]["low"] <= found[m]["mean"] <= found[m]["high"] for m in metrics)
         assert found[metric]["mean"] == pytest.approx(sum(values[name]) / report["num_lists"])
         assert name in printed and f"{found[metric]['mean']:.3f}" in printed
-    for pair, found in report["differences"].items():
-        a, b = (report["systems"][name][metric]["mean"] for name in pair.split(" - "))
-        assert found[metric]["mean"] == pytest.approx(a - b, abs=1e-9)
     assert len(report["differences"]) == math.comb(len(systems), 2)
 
 def test_baselines_are_the_same_on_the_same_lists(tmp_path):
@@ -222,12 +219,10 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, flags, words):
     monkeypatch.chdir(tmp_path)
     assert words in refusal(capsys, *flags.split(), command=command) and not list(tmp_path.iterdir())
 
-def test_what_is_for_lists_is_refused_for_requests(tmp_path_factory, capsys):
+def test_a_damaged_checkpoint_and_what_is_for_lists_alone_are_refused(tmp_path, tmp_path_factory, capsys):
     for flag in ("--save-candidates", "--save-predictions", "--baselines", "--candidates"):
         flags = "--run", small_run("rerec", tmp_path_factory).folder, flag, "popularity"
         assert flag in refusal(capsys, *flags, command=command)
-
-def test_a_damaged_checkpoint_is_named(tmp_path, tmp_path_factory, capsys):
     folder = shutil.copytree(small_run("r2rank", tmp_path_factory).folder, tmp_path / "r")
     for name in ("score_head.safetensors", "model.safetensors"):
         (folder / "checkpoint" / name).write_bytes(b"0" * 99)

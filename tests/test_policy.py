@@ -40,8 +40,6 @@ def gradients(model, rollout, size=None):
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
                       for p in model.parameters() if p.requires_grad])
 
-# --- prompts as ids ---
-
 def test_prefix_and_suffix_join_to_the_chat_prompt(tokenizer, toy):
     e = toy.examples("test", 1)[0]
     prompt = r2r.build_prompt(tokenizer, e.history, e.candidates)
@@ -82,8 +80,6 @@ def test_stop_ids_takes_one_id_a_list_or_none(model, tokenizer, monkeypatch):
         monkeypatch.setattr(model.generation_config, "eos_token_id", published)
         assert policy.stop_ids(model, tokenizer) == want
 
-# --- scoring ---
-
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_scores_are_the_plain_forwards(model, rollout, share, temperature, monkeypatch):
@@ -112,8 +108,6 @@ def test_gradients_equal_the_plain_backward(model, rollout, share, checkpointing
     for size, at_once in ((1, 2**24), (3, 2**24), (100, 2**24), (100, 3 * model.config.vocab_size)):
         monkeypatch.setattr(policy, "CHUNK_ELEMENTS", at_once)  # at last, three rows of logits at a time
         assert close(gradients(model, rollout, size), want) and want.norm() > 1
-
-# --- sampling ---
 
 @pytest.mark.parametrize("max_rows", [1, 320])
 def test_what_is_sampled_is_what_is_scored(model, tokenizer, rollout, max_rows, monkeypatch):
@@ -182,8 +176,6 @@ def test_sampling_happens_in_eval_mode_and_restores_the_mode(model, tokenizer, r
         policy.sample_rows(model, tokenizer, rollout.prompts, 1, policy.Sampling(5))
     assert model.training and model.generation_config is published and not model.base_model._forward_hooks
 
-# --- how far a model looks back ---
-
 def test_rows_wider_than_the_models_reach_are_refused(model, tokenizer, rollout, monkeypatch):
     """The longest prefix and the longest suffix count together, though no row has both."""
     new = 5 + 1  # a row is fed one token beyond its end
@@ -204,8 +196,6 @@ def test_rows_wider_than_the_models_reach_are_refused(model, tokenizer, rollout,
     monkeypatch.setattr(model.config, "max_position_embeddings", alone - new)
     with pytest.raises(InputError, match="max_position_embeddings"):
         policy.all_logprobs(model, sampled, size=100)
-
-# --- losses ---
 
 def test_k3_is_an_unbiased_kl_and_never_negative():
     p, q = torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([0.2, 0.2, 0.6]).log()

@@ -51,12 +51,10 @@ def test_reward_by_hand(text, wanted):
 def test_answers_ndcg_by_hand(answers, truths, wanted):
     assert rerec.answers_ndcg(answers, truths, 10) == pytest.approx(wanted)
 
-def characters(text):
-    return [(n, n + 1) for n in range(len(text))]
-
 def penalised(text, title, reward=1.0, correct=False, penalty=0.3, others=()):
     """The characters whose reward is lower, as text."""
-    values = rerec.segment_rewards(text, characters(text), reward, title, correct, penalty, others)
+    characters = [(n, n + 1) for n in range(len(text))]
+    values = rerec.segment_rewards(text, characters, reward, title, correct, penalty, others)
     lower = reward - penalty * abs(reward)
     assert all(v == pytest.approx(reward) or v == pytest.approx(lower) for v in values)
     return "".join(c for c, v in zip(text, values) if v < reward)

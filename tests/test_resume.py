@@ -93,8 +93,9 @@ def test_a_run_stopped_between_two_changes_of_its_files_goes_on(tmp_path, tmp_pa
     assert number > 2
 
 def test_who_stops_a_run_reads_how_to_go_on(tmp_path):
-    """By SIGTERM, as clusters do."""
-    command, out = [sys.executable, ROOT / "train.py", *SMALL, "--sft-steps", "4000"], "runs/toy-tiny"
+    """By SIGTERM, as clusters do. From the command line the directory is the first free one."""
+    command, out = [sys.executable, ROOT / "train.py", *SMALL, "--sft-steps", "4000"], "runs/toy-tiny-2"
+    (tmp_path / "runs/toy-tiny").mkdir(parents=True)
     process = subprocess.Popen(command, cwd=tmp_path, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not (tmp_path / out / "state.pt").exists():

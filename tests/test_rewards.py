@@ -1,6 +1,7 @@
 """Metrics and alignments by hand, how a boxed answer is read, and LightGCN against dense algebra."""
 
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import rewards
 from data import InputError, Item
 from rewards import LightGCN, fit_lightgcn, hit_at_k, ndcg_at_k, parse_answers, parse_boxed, reciprocal_rank
 
-def test_ndcg_by_hand():
+def test_metrics_by_hand():
     assert ndcg_at_k([1, 0, 0], 10) == 1.0
     assert ndcg_at_k([0, 1, 0], 10) == pytest.approx(1 / math.log2(3))
     assert [ndcg_at_k([0, 0, 1], k) for k in (2, 3)] == [0.0, pytest.approx(0.5)]
@@ -21,8 +22,7 @@ def test_ndcg_by_hand():
     assert ndcg_at_k([1, 3, 0, 2], 1) == pytest.approx(1 / 7)
     # The ideal is over all candidates, not over the first k.
     assert ndcg_at_k([1, 0, 1, 1], 2) == pytest.approx(1 / (1 + 1 / math.log2(3)))
-
-def test_hit_and_reciprocal_rank_and_nothing_relevant():
+    # What counts hits alone, and what lists without a relevant candidate are worth.
     assert [hit_at_k([0, 0, 1], k) for k in (1, 2, 3, 10)] == [0, 0, 1, 1]
     assert reciprocal_rank([0, 0, 1, 1]) == pytest.approx(1 / 3)
     assert ndcg_at_k([0, 0], 2) == hit_at_k([0, 0], 2) == reciprocal_rank([0, 0]) == ndcg_at_k([], 5) == 0.0
@@ -168,20 +168,15 @@ def test_a_user_who_has_every_item_is_skipped():
 def test_item_embeddings_see_training_alone_and_are_kept(toy, tmp_path, monkeypatch):
     """Items that only test users chose have none; nothing is trained twice; a broken file is made anew."""
     seen = {x.item_id for u, s in toy.sequences.items() for x in s[:toy.train_length[u]]}
-    fits, original = [], rewards.fit_lightgcn
-
-    def fit(*arguments, **options):
-        fits.append(options)
-        return original(*arguments[:5], 2, **options)  # two epochs
-
+    fit = Mock(side_effect=lambda *given, **options: fit_lightgcn(*given[:5], 2, **options))  # two epochs
     monkeypatch.setattr(rewards, "fit_lightgcn", fit)
     first, again = (rewards.item_embeddings(toy, tmp_path, dim=8) for _ in range(2))
-    assert len(fits) == 1 and set(first) == seen and all(v.shape == (8,) for v in first.values())
+    assert fit.call_count == 1 and set(first) == seen and all(v.shape == (8,) for v in first.values())
     assert all(torch.equal(first[i], again[i]) for i in seen)
     next(tmp_path.iterdir()).write_bytes(b"broken")
     mended, other = (rewards.item_embeddings(toy, tmp_path, dim=8, seed=seed) for seed in (0, 1))
     assert all(torch.equal(first[i], mended[i]) for i in seen)
     assert not all(torch.equal(first[i], other[i]) for i in seen)
-    assert len(fits) == 3 and len(list(tmp_path.iterdir())) == 2
+    assert fit.call_count == 3 and len(list(tmp_path.iterdir())) == 2
     bare = data.Dataset("bare", {"a": Item("a", "A")}, {}, {}, {})
     assert rewards.item_embeddings(bare, tmp_path) == {}

@@ -117,6 +117,9 @@ def test_a_step_follows_the_written_objective(case, changes, monkeypatch):
     if args.no_reasoning:
         pairs = [(e.history, e.candidates) for e in case.items]
         case.rollout = r2r.reason(case.model, case.tokenizer, pairs, args, 1)
+    if case.head and args.temperature != 1:  # a list that teaches nothing pays its KL all the same
+        monkeypatch.setitem(globals(), "RELEVANCE", [[0.0] * 4, RELEVANCE[1]])
+        case.items = [replace(case.items[0], relevance=RELEVANCE[0]), case.items[1]]
     replay(monkeypatch, case.rollout)
     moved = copy.deepcopy(case.model)
     for p in moved.parameters():
@@ -160,14 +163,12 @@ def test_what_must_not_change_a_step(case, monkeypatch):
 
 @pytest.mark.parametrize("method", ["rerec"])
 def test_judging_a_rollout(case):
-    """A query's tokens have mean 0 and deviation 1; a paragraph that names the wrong item has less."""
+    """A query's responses are compared among themselves; a paragraph naming the wrong item has less."""
     _, advantages = rerec.judge(case.tokenizer, case.rollout, case.items, rerec.Task(None), flags(case))
     assert not advantages[8:].any()  # these are all alike
     for n in (0, 4):
-        rows = [a[:len(r)] for a, r in zip(advantages[n:n + 4], case.rollout.responses[n:])]
-        assert torch.cat(rows).mean().item() == pytest.approx(0, abs=1e-5)
-        assert torch.cat(rows).std(correction=0).item() == pytest.approx(1, abs=1e-4)
-        right, wrong, unboxed, _ = rows
+        right, wrong, unboxed, _ = (
+            a[:len(r)] for a, r in zip(advantages[n:n + 4], case.rollout.responses[n:]))
         assert right[0] > wrong[-1] > wrong[0] > unboxed[0]
 
 def test_lists_ranked_right_with_certainty_or_without_a_relevant_candidate_teach_nothing(rationales):
@@ -198,12 +199,9 @@ def test_the_order_of_candidates_changes_nothing(case):
 @pytest.mark.parametrize("pl, bad", [("exact", math.nan), ("exact", math.inf), ("sample", -math.inf)])
 def test_a_score_that_is_no_number_is_seen_in_the_norm(case, score_head, pl, bad, monkeypatch):
     """Sorting such scores gives a ranking, and so a finite gradient, unless somebody looks."""
-    class Broken(torch.nn.Module):
-        def forward(self, hidden):
-            return score_head(hidden) + torch.tensor([bad] + [0.0] * (len(hidden) - 1))
-
     replay(monkeypatch, case.rollout)
-    case.head = Broken()
+    forward = score_head.forward
+    monkeypatch.setattr(score_head, "forward", lambda h: forward(h).where(torch.arange(len(h)) > 0, bad))
     assert math.isnan(take_step(case, flags(case, pl=pl))[1]["grad_norm"])
     score_head.zero_grad()
 

@@ -18,7 +18,7 @@ import train
 from data import InputError
 from extras import tasks
 from extras.flags import DEFAULTS, parse_eval_flags
-from runs import BASE, METHODS, ROOT, SMALL, metrics, refusal, run_train, run_with_states, same, small_run
+from runs import BASE, METHODS, ROOT, SMALL, metrics, refusal, run_train, run_with_states
 from runs import main, small  # noqa: F401
 from steps import plain_row
 
@@ -37,14 +37,6 @@ def test_a_run_leaves_its_files(small, toy):
     # what tables are made of: the same numbers, and how long it took
     assert result["systems"] == report["systems"] and result["lists"] == report["lists"]
     assert set(result["seconds"]) == {"sft", *warmup, "rl", "all"}
-
-def test_the_same_seed_gives_the_same_run(tmp_path, tmp_path_factory):
-    """Also from the command line, where the directory is the first free one."""
-    (tmp_path / "runs/toy-tiny").mkdir(parents=True)
-    done = subprocess.run([sys.executable, ROOT / "train.py", *METHODS["r2rank"]], cwd=tmp_path, text=True,
-                          capture_output=True, timeout=300)
-    assert done.returncode == 0 and "runs/toy-tiny-2" in done.stdout, done.stderr
-    same(tmp_path / "runs/toy-tiny-2", small_run("r2rank", tmp_path_factory).folder)
 
 @pytest.mark.parametrize("method, module, more", [
     ("r2rank", r2r, "--pl sample --credit list --score-gradient head --eval-samples 2"),
