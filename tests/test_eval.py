@@ -19,7 +19,7 @@ from data import Example, Item
 from eval import METRICS, QUERY_METRICS, intervals, list_metrics
 from extras import explain
 from extras.flags import parse_eval_flags
-from rewards import ndcg_at_k
+from rewards import ndcg_at_k, reciprocal_rank
 from runs import METHODS, main, refusal, run_train, small, small_run  # noqa: F401
 
 def brute_force(scores, relevance):
@@ -32,9 +32,8 @@ def brute_force(scores, relevance):
         for k in (1, 5, 10, 20):
             total[f"ndcg@{k}"] += ndcg_at_k(ranked, k)
             total[f"hr@{k}"] += any(y > 0 for y in ranked[:k])
-        first = next(r for r, y in enumerate(ranked, start=1) if y > 0)
-        total["mrr"] += 1 / first
-        total["rank"] += first
+        total["mrr"] += reciprocal_rank(ranked)
+        total["rank"] += 1 / reciprocal_rank(ranked)
     return {m: v / len(orders) for m, v in total.items()}
 
 @pytest.mark.parametrize("seed", range(20))

@@ -51,10 +51,8 @@ def texts(count, scraps):
     """Random texts: scraps in a row, or characters of any kind."""
     rng = random.Random(0)
     for n in range(count):
-        if n % 3:
-            yield "".join(rng.choices(scraps, k=rng.randrange(12)))
-        else:
-            yield "".join(chr(rng.randrange(rng.choice((128, 0xd800)))) for _ in range(rng.randrange(40)))
+        any_kind = [chr(rng.randrange(rng.choice((128, 0xd800)))) for _ in range(40)]
+        yield "".join(rng.choices(scraps if n % 3 else any_kind, k=rng.randrange(12 if n % 3 else 40)))
 
 def test_any_response_to_any_titles_has_a_finite_reward():
     """Won only by the right title in the box; yes or no only where there are tags."""

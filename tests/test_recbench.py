@@ -160,9 +160,8 @@ def test_two_candidates_never_share_a_title(write):
     ({}, "no query file.*github.com/jiani-huang/RecBench"),
 ])
 def test_broken_files_are_named_with_the_place(write, files, message):
-    with pytest.raises(InputError, match=message) as error:
+    with pytest.raises(InputError, match=rf"\A.*{message}.*\Z"):  # in one line
         RecBench(write(**files), "movie")
-    assert "\n" not in str(error.value)
 
 def test_splits_keep_users_together_and_drawing_goes_round_with_other_negatives(write):
     records = [record(source_user=str(n // 2), data_idx=n) for n in range(1000)]

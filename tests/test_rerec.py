@@ -31,17 +31,16 @@ def test_a_prompt_shows_request_candidates_and_where_asked_history(tokenizer, pe
     assert text.endswith("Request: Is boxed{Up} right?\nCandidates:\n- Up\n- A boxed(Up)\n")
     assert text.count("- 3 days ago: Heat (x) (rated 4)") == personalized and text.count("\\boxed") == 1
 
-GRAPH = {"m0": frozenset("abcd"), "m1": frozenset("ab"), "m2": frozenset("xy")}
-
 @pytest.mark.parametrize("text, wanted", [
     (r"\boxed{Heat}", 1 + 0.05 + 0.01 + 0.02), (r"\boxed{Ronin}", 0.05 + 0.01 * 0.5 + 0.02 / 2**0.5),
     (r"\boxed{Nothing known}", 0.05), (r"\boxed{Up; Heat}", 0.05 + 0.02 / 5**0.5),  # the first answer alone
     ("Heat", -0.55), ("", -0.55), (r"\boxed{}", -0.55), (r"\boxed{Heat", -0.55)])  # no box
 def test_reward_by_hand(text, wanted):
     query = request("Heat", "Ronin", "Up")
+    graph = {"m0": frozenset("abcd"), "m1": frozenset("ab"), "m2": frozenset("xy")}
     embeddings = {f"m{n}": torch.tensor([1.0, float(n)]) for n in range(3)}
     for weights in ((0.01, 0.02), {"query_alignment": 0.01, "preference_alignment": 0.02}):
-        judged = rerec.score_response(text, query, GRAPH, embeddings, weights)
+        judged = rerec.score_response(text, query, graph, embeddings, weights)
         assert judged.reward == pytest.approx(wanted)
     assert judged.boxed == (judged.terms["format"] > 0) == (wanted > 0)
 

