@@ -95,14 +95,20 @@ def one_pass(s, rollout, args):
     s["optimizer"].adamw.zero_grad()
     return logprobs, gradient
 
+def equal_tokens(a, b):
+    """The share of places where two rollouts have the same token."""
+    same = [x == y for rows in zip(a.responses, b.responses) for x, y in zip(*rows)]
+    return sum(same) / len(same)
+
 def passes(row, args):
     """Of one rollout: both types, shared prefix or none, gradient checkpointing or none. [log-probabilities,
     gradient]: relative differences, with a bound in float32. In bfloat16, two right passes differ visibly."""
-    args, rollout, found = SimpleNamespace(**vars(args)), None, []
+    args, rollout, found, greedy = SimpleNamespace(**vars(args)), None, [], []
     row["bounds"] = {"most_nats": MOST, "mean_nats": MEAN, "float32": SAME}
     for args.dtype in ("float32", "bfloat16"):
         s, numbers = bench.prepare(args), row.setdefault(args.dtype, {})
         drawn = sample(s, args)
+        greedy.append(sample(s, args, greedy=True))
         states = policy.all_logprobs(s["model"], drawn, args.micro_batch)[1]
         numbers["states_while_sampling"] = distance(drawn.hidden, states)
         rollout = rollout or drawn
@@ -114,7 +120,7 @@ def passes(row, args):
             checkpoint_activations(s["model"])
         del s, wanted  # the next needs the memory
     nats = (found[0] - found[1]).abs()
-    row.update(most_nats=nats.max().item(), mean_nats=nats.mean().item())
+    row.update(most_nats=nats.max().item(), mean_nats=nats.mean().item(), greedy_equal=equal_tokens(*greedy))
     row["ok"] = (row["most_nats"] <= MOST and row["mean_nats"] <= MEAN
                  and max(row["float32"]["plain"] + row["float32"]["checkpointing"]) <= SAME)
 
@@ -218,9 +224,8 @@ def compiled(row, args, s):
     for policy.COMPILE_DECODING in (False, True):
         times = [timed(s, args, slice(n, n + 1))[1] for n in (0, 0, 0, 1, 2, 3)]
         row["compiled" if policy.COMPILE_DECODING else "eager"] = times
-        greedy.append(sample(s, args, greedy=True).responses)
-    same = [x == y for rows in zip(*greedy) for x, y in zip(*rows)]
-    row["greedy_equal"] = sum(same) / len(same)
+        greedy.append(sample(s, args, greedy=True))
+    row["greedy_equal"] = equal_tokens(*greedy)
 
 def plan(row, args, report):
     """Flags of a run that ends in time, by what a list's step took (10 s where that is not known)."""

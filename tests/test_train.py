@@ -140,6 +140,13 @@ def test_help_answers_before_torch_is_imported(script):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert "--help" in done.stdout and done.stdout.endswith("False\n"), done.stderr
 
+def test_the_two_commands_as_typed(tmp_path):
+    for command in (["train.py", *METHODS["r2rank"], "--out", "r"], ["eval.py", "--run", "r", "--explain", "1"]):
+        done = subprocess.run([sys.executable, ROOT / command[0], *command[1:]], cwd=tmp_path,
+                              capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "r/result.json").exists() and "after|" in done.stdout
+
 @pytest.mark.parametrize("flags, words", [
     ("--nosuch", "--nosuch"), ("--steps -1", "at least 0"), ("--temperature 0", "above 0"),
     ("--pl other", "exact"), ("--data none/such", "no such folder"), ("--split temporal", "--split"),
