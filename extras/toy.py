@@ -144,7 +144,8 @@ def judge_trace(history, candidate, rng, reasoning=True, words=()):
     truly but at random, and answers by what it found: what is worth looking up it does not know.
     Each claim repeats the feature beside its evidence: a small model then needs one look-up, not two."""
     found, past = features(candidate, words), [features(item, words) for item in history]
-    counts = {pair: sum(pair in item for item in past) for pair in rng.sample(found, min(LOOK_UPS, len(found)))}
+    looked_up = rng.sample(found, min(LOOK_UPS, len(found)))
+    counts = {pair: sum(pair in item for item in past) for pair in looked_up}
     yes = bool(counts) and sum(counts.values()) >= max(1, round(0.3 * len(history)))
     evidence = ", ".join(f"{name} {value} {n}" for (name, value), n in counts.items()) or "nothing known"
     answer = f"<answer>{'yes' if yes else 'no'}</answer>"

@@ -141,7 +141,8 @@ def test_help_answers_before_torch_is_imported(script):
     assert "--help" in done.stdout and done.stdout.endswith("False\n"), done.stderr
 
 def test_the_two_commands_as_typed(tmp_path):
-    for command in (["train.py", *METHODS["r2rank"], "--out", "r"], ["eval.py", "--run", "r", "--explain", "1"]):
+    evaluation = ["eval.py", "--run", "r", "--explain", "1"]
+    for command in (["train.py", *METHODS["r2rank"], "--out", "r"], evaluation):
         done = subprocess.run([sys.executable, ROOT / command[0], *command[1:]], cwd=tmp_path,
                               capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
