@@ -3,7 +3,7 @@
 On forty short questions of ordinary chat and general knowledge (kept.jsonl), each with its answer: the mean
 log-likelihood of an answer's token, in nats, and how far the next-token distributions there are from those of
 the first model, in KL(model || first) a token. `k3` estimates the same from the answers' tokens alone; they
-are not the model's own words, so a few that it has come to think improbable make it large. Models are folders.
+are not the model's own words, so a few that it has come to think improbable make it large.
 """
 
 import json
