@@ -2,8 +2,8 @@
 
     python tests/bench.py gpu --model DIR --data DIR --minutes 8 --out gpu-bench
 
-OUT/gpu.json is written anew after each part. Checks end after a quarter of the time, measures after 60%; the
-rest trains R2Rank in OUT/run, or goes on with the run there. Flags that are not listed go to train.py.
+OUT/gpu.json is written anew after each part. Checks end after a third of the time, measures after two thirds;
+the rest trains R2Rank in OUT/run, or goes on with the run there. Flags that are not listed go to train.py.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import policy
 from extras.models import checkpoint_activations
 
 ROOT = Path(__file__).resolve().parents[1]
-CHECKS, MEASURES = 0.25, 0.6  # when each must be over, in shares of the time
+CHECKS, MEASURES = 1 / 3, 2 / 3  # when each must be over, in shares of the time
 MOST, MEAN = 1.0, 0.1  # nats by which log-probabilities in bfloat16 may differ from those in float32
 SAME = 1e-4  # relative difference of two float32 passes that only add up in another order
 
