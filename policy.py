@@ -49,8 +49,7 @@ MARK = "\u241e"          # stands for the user's text while a template is render
 def load(name, device="cpu", dtype=torch.float32, texts=(), seed=0, weights=None, layers=1):
     """(model in eval mode, tokenizer). Raises InputError.
 
-    texts, layers: what `tiny`'s tokenizer learns from, its depth. weights: for a folder that has none.
-    """
+    texts, layers: what `tiny`'s tokenizer learns from, its depth. weights: for a folder that has none."""
     from extras.models import from_pretrained, prepare, resolve
     source = resolve(name)
     if source == "tiny":
@@ -224,9 +223,8 @@ def _generate(model, ids, mask, cache, stops, sampling):
                               use_cache=True, disable_compile=not COMPILE_DECODING, **settings)
     ended = _EndedBefore(ids.shape[1], torch.tensor(stops, device=model.device))
     states, published, was_training = [], model.generation_config, model.training
-    keep = torch.compiler.disable(  # a list that grows would be another program at every token
-        lambda module, args, output: states.append(output.last_hidden_state[:, -1].clone()))
-    hook = model.base_model.register_forward_hook(keep)
+    hook = model.base_model.register_forward_hook(torch.compiler.disable(  # a longer list: another program
+        lambda module, args, output: states.append(output.last_hidden_state[:, -1].clone())))
     try:
         # What a config leaves open, generate takes from the model's own: that one is put aside (choice 3).
         model.generation_config = GenerationConfig()

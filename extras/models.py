@@ -113,9 +113,10 @@ def _compare(model, tokenizer):
     ids = torch.randint(3, min(len(tokenizer), 1000), (30,), generator=generator).tolist()
     # Of unequal length: padding makes holes, which positions by column (ALiBi) do not survive.
     prefix, suffixes, responses = ids[:9], [ids[9:11], ids[11:20]], [ids[20:26], ids[26:30]]
-    # Nats. In bfloat16 two right passes of a 135M model differ by 0.08 in the mean, and by 0.3 at a token;
-    # without the prefix the mean is 1.4 or more.
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.3
+    # Nats, at most; in bfloat16 of the mean: two right passes of a 135M model differ by 0.08 in the mean, and
+    # by 0.3 at an improbable token. Without the prefix the mean is 1.4 or more.
+    exact = model.dtype == torch.float32
+    tolerance = 1e-3 if exact else 0.2
     # Logits must be the output layer's, to the bit in any precision: not scaled, not capped.
     state = model.base_model(torch.tensor([prefix], device=model.device)).last_hidden_state
     layers = head(state)[0].float()
@@ -127,7 +128,8 @@ def _compare(model, tokenizer):
     for n, response in enumerate(responses):
         logits = _logits(model, prefix + suffixes[n] + response)[-len(response) - 1:-1]
         plain = logits.log_softmax(-1)[range(len(response)), response]
-        difference = (shared[n][mask[n]] - plain).abs().mean().item()
+        differences = (shared[n][mask[n]] - plain).abs()
+        difference = (differences.max() if exact else differences.mean()).item()
         if not difference < tolerance:  # a number that is none fails, too
             raise ValueError(f"log-probabilities differ by {difference:.2g} nats from the model's own")
     # Three greedy tokens, and the state after the last.

@@ -97,8 +97,7 @@ def one_pass(s, rollout, args):
 
 def equal_tokens(a, b):
     """The share of places where two rollouts have the same token."""
-    same = [x == y for rows in zip(a.responses, b.responses) for x, y in zip(*rows)]
-    return sum(same) / len(same)
+    return statistics.fmean(x == y for rows in zip(a.responses, b.responses) for x, y in zip(*rows))
 
 def passes(row, args):
     """Of one rollout: both types, shared prefix or none, gradient checkpointing or none. [log-probabilities,

@@ -40,9 +40,7 @@ def compare(first, model, targets):
             "k3": policy.k3_kl(said, before).mean().item()}
 
 if __name__ == "__main__":
-    first = None
+    first, targets = distributions(*policy.load(sys.argv[1]))
     for name in sys.argv[1:]:
-        found, targets = distributions(*policy.load(name))
-        first = found if first is None else first
-        row = compare(first, found, targets)
+        row = compare(first, distributions(*policy.load(name))[0], targets)
         print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in row.items()), flush=True)

@@ -1,5 +1,6 @@
 """Which models work: tiny random ones of many families, their dropout, loading, adapters, refusals."""
 
+import contextlib
 import os
 import sys
 from types import SimpleNamespace
@@ -86,6 +87,19 @@ def test_what_would_be_wrong_without_a_word_is_refused(tokenizer, name, settings
     with pytest.raises(InputError, match=f"^--model folder: models of type {name} do not"):
         check_model(model, tokenizer, "folder")
     assert not model.training and all(p.grad is None for p in model.parameters())  # left as it was
+
+@pytest.mark.parametrize("dtype, first, all_tokens, right", [
+    (torch.float32, 0.0, 0.0, True), (torch.float32, 0.002, 0.0, False),
+    (torch.bfloat16, 0.4, 0.0, True), (torch.bfloat16, 0.0, 0.4, False)])
+def test_how_far_log_probabilities_may_be_off(tokenizer, monkeypatch, dtype, first, all_tokens, right):
+    """In float32 no token may differ; in bfloat16 one may, but not all: improbable ones do."""
+    def shifted(*arguments, real=policy.token_logprobs):
+        logprobs, mask, hidden = real(*arguments)
+        return logprobs + all_tokens + first * (torch.arange(mask.shape[1]) == 0), mask, hidden
+
+    monkeypatch.setattr(policy, "token_logprobs", shifted)
+    with contextlib.nullcontext() if right else pytest.raises(InputError, match="log-probabilities differ"):
+        check_model(build("llama", {}, len(tokenizer)).to(dtype), tokenizer, "folder")
 
 @pytest.mark.parametrize("settings, limit", [
     ({"max_position_embeddings": 40}, 40), ({"window_size": 40}, 40), ({"sliding_window": 40}, 40),
