@@ -140,11 +140,14 @@ def features(item, words=()):
     return shown + [("word", word) for word in title_words(item) if word in words]
 
 def judge_trace(history, candidate, rng, reasoning=True, words=()):
-    """R2Rank's teacher: (response, its answer). It looks some features of the candidate up in the history,
-    truly but at random, and answers by what it found: what is worth looking up it does not know.
+    """R2Rank's teacher: (response, its answer). It looks up in the history what the candidate has of two kinds
+    (brand, word, ...), truly but at random, and answers by the counts: what is worth it, it does not know.
     Each claim repeats the feature beside its evidence: a small model then needs one look-up, not two."""
-    found, past = features(candidate, words), [features(item, words) for item in history]
-    looked_up = rng.sample(found, min(LOOK_UPS, len(found)))
+    past, kinds = [features(item, words) for item in history], {}
+    for name, value in features(candidate, words):
+        kinds.setdefault(name, []).append(value)
+    looked_up = [(name, rng.choice(kinds[name]) if kinds[name][1:] else kinds[name][0])
+                 for name in rng.sample(list(kinds), min(LOOK_UPS, len(kinds)))]
     counts = {pair: sum(pair in item for item in past) for pair in looked_up}
     yes = bool(counts) and sum(counts.values()) >= max(1, round(0.3 * len(history)))
     evidence = ", ".join(f"{name} {value} {n}" for (name, value), n in counts.items()) or "nothing known"
