@@ -163,7 +163,6 @@ def parse_eval_flags(argv=None, description=None):
     add("--top", type=COUNT, default=10, metavar="N", help="items to recommend (10)")
     add("--retrieve", type=COUNT, default=100, metavar="N", help="items that the model ranks for them (100)")
     add("--retriever", default="item-knn", metavar="NAME", help="baseline that retrieves these (item-knn)")
-    add("--json", metavar="FILE", help="write recommendations: a line a user; goes on where it was stopped")
     add("--ask", metavar="TEXT", help="answer a request of yours (ReRec)")
     add("--out", metavar="FILE", help="report (eval.json, or eval-again.json in the run directory)")
     parser.set_defaults(model=None, method="r2rank")
@@ -181,7 +180,7 @@ def parse_eval_flags(argv=None, description=None):
         raise InputError("--ask needs a --run of train.py --method rerec; for R2Rank see --recommend")
     if args.model:
         fill_defaults(args)
-    for name in ("out", "save_candidates", "save_predictions", "json"):
+    for name in ("out", "save_candidates", "save_predictions"):
         path = getattr(args, name)
         if path and (Path(path).is_dir() or not Path(path).parent.is_dir()):
             raise InputError(f"{spelled(name)} {path}: give a file in a folder that exists")

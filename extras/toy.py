@@ -140,8 +140,8 @@ def features(item, words=()):
     return shown + [("word", word) for word in title_words(item) if word in words]
 
 def judge_trace(history, candidate, rng, reasoning=True, words=()):
-    """R2Rank's teacher: (response, its answer). It looks up in the history what the candidate has of two kinds
-    (brand, word, ...), truly but at random, and answers by the counts: what is worth it, it does not know.
+    """R2Rank's teacher: (response, its answer). It looks two kinds of the candidate's features up in the
+    history, truly but at random, and answers by what it found: what is worth looking up it does not know.
     Each claim repeats the feature beside its evidence: a small model then needs one look-up, not two."""
     past, kinds = [features(item, words) for item in history], {}
     for name, value in features(candidate, words):

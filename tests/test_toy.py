@@ -25,8 +25,8 @@ def test_a_trace_about_a_candidate_by_hand():
     liked, other = (Item("c", "", {"brand": (b,), "kind": path})
                     for b, path in (("A", ("All", "y")), ("C", ("None", "z"))))
     traces = {judge_trace(past, liked, random.Random(n)) for n in range(40)}
-    assert traces == {(f"In the history: {a}, {b}.\n<answer>yes</answer>", True)
-                      for a, b in itertools.permutations(("brand A 2", "kind All 3", "kind y 1"), 2)}
+    claims = [claim for k in ("kind All 3", "kind y 1") for claim in itertools.permutations(("brand A 2", k))]
+    assert traces == {(f"In the history: {a}, {b}.\n<answer>yes</answer>", True) for a, b in claims}
     assert not judge_trace(past, other, random.Random(0))[1]
     assert judge_trace(past, other, random.Random(0), reasoning=False) == ("<answer>no</answer>", False)
 
