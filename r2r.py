@@ -13,6 +13,7 @@ of candidate i = 1..K under its g-th rationale, g = 1..G, and R(sigma) = NDCG@10
 
 Deviations and choices (the paper leaves them open unless said otherwise):
   1. s = f(h) reads the state h at the rationale's last token: the score can depend on what was reasoned.
+     One that the limit cuts is read in a state that the head was not fitted on: watch `truncated`.
   2. V is exact: with T_j ~ Exp(e^{s_j}) racing, P(rank_i = r) = E[PoiBin_{r-1}({P(T_j < T_i)}_j)], a dynamic
      programme over j. The expectation is an integral over y = s_i + log T_i, by the trapezoid rule, whose
      error does not grow with the gaps between scores (below 1e-7 with 43 nodes).
